@@ -1,0 +1,38 @@
+"""What the user got wrong, said in one line.
+
+Every script runs its `main` inside `with reported():`. An `InputError` (a bad flag, file, line or
+folder) becomes one line on standard error that begins with `error: `, and exit status 2. Anything
+else is a bug of ours and keeps its traceback.
+"""
+
+import contextlib
+import os
+import sys
+import time
+
+
+class InputError(ValueError):
+    """The user's input is wrong; the message says where, what was found and what was expected."""
+
+
+@contextlib.contextmanager
+def reported():
+    """Turn an `InputError`, or the system's refusal of a file, into `error: …` and exit status 2."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        # Most errors strike every rank alike: rank 0 speaks, and torchrun ends the others while
+        # they wait. An error that is one rank's alone is said after the wait.
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(5)
+        sys.stdout.flush()
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        # Not sys.exit: at its end Python would wait for process groups that other ranks still hold.
+        os._exit(2)
+
+
+def one_line(error):
+    """The error's text without line breaks; an `OSError` as `path: reason`."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
