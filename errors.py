@@ -17,7 +17,7 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reported():
-    """Turn an `InputError`, or the system's refusal of a file, into `error: …` and exit status 2."""
+    """Turn an `InputError`, or a file the system refuses, into `error: …` and exit status 2."""
     try:
         yield
     except (InputError, OSError) as error:
