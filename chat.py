@@ -70,6 +70,14 @@ class Tokenizer:
                     "(BPE, byte fallback, identity normalisation, dummy prefix)"
                 )
 
+    def check_fits(self, rows):
+        """Raise `InputError` where a token id would have no row in a model's embedding."""
+        if self.vocab_size > rows:
+            raise InputError(
+                f"{self.path}: {self.vocab_size} pieces, expected at most the {rows} rows of the "
+                "model's embedding (vocab_size)"
+            )
+
     def encode(self, messages):
         """A conversation's `(ids, trained)`: list of int, and list of bool of the same length.
 

@@ -59,6 +59,14 @@ class Documents:
         for name in ("file", "start", "lengths", "trained_counts", "turns", "record_numbers"):
             setattr(self, name, getattr(self, name)[keep])
 
+    def summary(self):
+        """One line for the user."""
+        return (
+            f"{len(self):,} conversations, {self.lengths.sum():,} tokens, "
+            f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
+            f"{self.skipped:,} without a trained token skipped"
+        )
+
     def __len__(self):
         return len(self.lengths)
 
@@ -77,6 +85,16 @@ class Documents:
                     if (file, number) in wanted:
                         record = parse(raw, path, number)
                         yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
+
+
+def check_micro_tokens(documents, micro_tokens):
+    """Raise `InputError` where the longest document does not fit into one row."""
+    longest = int(documents.lengths.argmax())
+    if documents.lengths[longest] > micro_tokens:
+        raise InputError(
+            f"--micro-tokens is {micro_tokens}, expected at least {documents.lengths[longest]}, "
+            f"the tokens of the longest document ({next(documents.names([longest]))})"
+        )
 
 
 def encode_conversation(record, tokenizer):
