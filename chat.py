@@ -93,6 +93,15 @@ class Tokenizer:
         """Text of generated ids; BOS and EOS leave no trace."""
         return self.sp.decode(ids)
 
+    def visible(self, ids):
+        """Text of any ids for a person to look at, BOS and EOS written out."""
+        text = b""
+        for i in ids:
+            piece = self.sp.id_to_piece(i)
+            byte = self.sp.is_byte(i)
+            text += bytes([int(piece[3:5], 16)]) if byte else piece.replace("▁", " ").encode()
+        return text.decode(errors="replace")
+
     def _encode(self, messages, answer):
         ids, trained = [self.bos_id], [False]
         text = ""  # since the last EOS: what lies between two special tokens is encoded as a whole

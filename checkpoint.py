@@ -8,13 +8,11 @@ Everything is written under another name and renamed when whole, so a kill leave
 state or the new one.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -27,7 +25,6 @@ from torch.distributed.tensor import DTensor
 from chat import save_tokenizer
 from errors import InputError, RunError, one_line
 from parallel import gather_lists
-from training import read_records
 
 SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut them
 FLOATS = ("F32", "F16", "BF16")
@@ -199,69 +196,6 @@ def write_configs(tokenizer, source, folder):
     config["torch_dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2))
-
-
-# ---- The run's folder
-
-
-def check_output(folder, run, model, save_every):
-    """Raise `InputError` unless `folder` is new or holds an interrupted run with the facts `run`.
-
-    run: what makes two runs the same, by name, compared with what metrics.jsonl says of the run
-    that is there. The disk must hold the bf16 model and, with `save_every`, its fp32 weights and
-    two moments. Nothing is written here.
-    """
-    folder = Path(folder)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    needed = parameters * (14 if save_every else 2)
-    for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
-        if (folder / name).exists():
-            raise InputError(
-                f"--out {folder}: holds a finished run or a model ({name}), expected a "
-                "new folder or an interrupted run's"
-            )
-    log = folder / "metrics.jsonl"
-    if log.exists():
-        recorded = next(iter(read_records(log)), {}).get("run", {})
-        for name, value in run.items():
-            if recorded.get(name) != value:
-                raise InputError(
-                    f"--out {folder}: holds a different run, with {name} "
-                    f"{recorded.get(name)!r} where this one has {value!r}"
-                )
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"--out {folder}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"--out {folder}: {parent} cannot be written")
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(
-            f"--out {folder}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB "
-            "for the model and one resumable checkpoint"
-        )
-
-
-def lock_output(folder, patience=15):
-    """Make `folder` and hold it against other runs until this process ends; returns the lock.
-
-    A run that was just killed may need a moment to die: `patience` seconds.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise InputError(f"--out {folder}: another run is writing there") from None
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return lock
 
 
 # ---- Resumable state

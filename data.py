@@ -1,27 +1,28 @@
-"""Data files in, packed rows of token ids out.
-
-    files ──read──► records ──chat.py, all cores──► token cache (memory map) ──pack──► rows (T,)
-
-A token cache stands beside its data file (`FILE.tokens-<hash>/`, keyed by the file's bytes, the
-tokenizer and the format), so that the mixture's 326,154 conversations are tokenised once and never
-held in memory. `sft.py` and `dpo.py` draw updates from it; run alone, this file shows what training
-would see:
+"""Data files in, packed rows of token ids out; run alone, it shows what training would see:
 
     python data.py --model DIR --data FILE
+
+    readers.py     token_cache.py: chat.py on all cores             data.py
+    files ──► records ──► token ids and loss mask, memory-mapped ──► updates ──► packed rows (T,)
+
+sft.py and dpo.py draw every update from here. The mixture's 326,154 conversations are tokenised
+once and never held in memory.
 """
 
 import functools
 import hashlib
 import heapq
 import json
+import sys
 from bisect import bisect_left, insort
+from dataclasses import dataclass
 
 import numpy as np
 
 from chat import ROLES
-from errors import InputError
+from errors import InputError, reported
 from readers import data_files, parse, read_batches
-from token_cache import token_cache
+from token_cache import loaded_tokenizer, token_cache
 
 
 class Documents:
@@ -217,3 +218,94 @@ def pack_row(documents):
         "predict": trained - 1,
         "labels": input_ids[trained],
     }
+
+
+# ---- What a user should see before spending GPU days
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The flags of `python data.py`; the defaults are sft.py's."""
+
+    model: str | None = None  # Hugging Face folder whose tokenizer encodes the data
+    data: list[str] | None = None  # conversations: .jsonl, .jsonl.gz, .json, .parquet or folders
+    max_seq_len: int = 8192  # tokens; a longer conversation is cut on the right
+    batch_size: int = 128  # conversations in one update
+    micro_tokens: int = 16384  # most tokens in one packed row
+    seed: int = 42  # of the order of the data
+    show: int = 3  # conversations to print, trained tokens told from the rest
+
+
+def main(flags):
+    config = DataConfig(**flags)
+    if not config.model or not config.data:
+        raise InputError("--model DIR and --data FILE are needed")
+    documents = Documents(config.data, config.model, config.max_seq_len, encode_conversation)
+    check_micro_tokens(documents, config.micro_tokens)
+    print(documents.summary())
+    print(f"{documents.turns.sum():,} assistant turns, {documents.turns.mean():.2f} a conversation")
+    print_lengths(documents.lengths)
+    print_rows(documents, config)
+    tokenizer = loaded_tokenizer(str(config.model))
+    for i in range(min(config.show, len(documents))):
+        print(f"\n{next(documents.names([i]))}, {documents.lengths[i]} tokens:")
+        print(highlight(tokenizer, *documents[i]))
+
+
+def print_lengths(lengths):
+    """Percentiles of the lengths, and their histogram in powers of two."""
+    shares = (5, 25, 50, 75, 95, 99, 100)
+    values = np.percentile(lengths, shares)
+    print(
+        "tokens of a conversation: mean "
+        + f"{lengths.mean():,.0f}; percentiles "
+        + ", ".join(f"{s} %: {v:,.0f}" for s, v in zip(shares, values, strict=True))
+    )
+    powers = np.ceil(np.log2(lengths)).astype(int)
+    counts = np.bincount(powers)
+    for power in range(powers.min(), powers.max() + 1):
+        bar = "█" * round(50 * counts[power] / counts.max())
+        print(f"  ≤ {2**power:>7,} {counts[power]:>9,} {bar}")
+
+
+def print_rows(documents, config):
+    """How full the packed rows are, and how full padded ones would be."""
+    everything = sorted(range(len(documents)), key=lambda i: -documents.lengths[i])
+    rows = len(best_fit_decreasing(documents.lengths, everything, config.micro_tokens))
+    total = documents.lengths.sum()
+    per_epoch, _ = update_count(len(documents), config.batch_size, 1)
+    sample = range(min(per_epoch, 20))
+    used = filled = 0
+    for step in sample:
+        _, members = update_members(len(documents), config.batch_size, config.seed, step)
+        used += len(plan_rows(documents.lengths[members], 1, config.micro_tokens, 4096)[0])
+        filled += documents.lengths[members].sum()
+    row = config.micro_tokens
+    print(
+        f"packed into rows of {row:,} tokens: {total / rows / row:.2%} full over all the data; an "
+        f"update of {min(config.batch_size, len(documents))} conversations takes "
+        f"{used / len(sample):.1f} rows on one rank, {filled / used / row:.1%} full"
+    )
+    order = epoch_order(len(documents), config.seed, 0)
+    for batch in (4, 16):
+        whole = documents.lengths[order[: len(order) // batch * batch]].reshape(-1, batch)
+        if whole.size:
+            useful = whole.sum() / (whole.max(1) * batch).sum()
+            print(f"  (padded to the longest of {batch}: {useful:.0%} useful)")
+
+
+def highlight(tokenizer, ids, trained):
+    """The text of some tokens, BOS and EOS written out, what is trained in green (or in ⟦⟧)."""
+    begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    text = ""
+    for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):
+        shown = tokenizer.visible(ids[run].tolist())
+        text += f"{begin}{shown}{end}" if trained[run[0]] else shown
+    return text
+
+
+if __name__ == "__main__":
+    with reported():
+        from training import parse_args  # it imports torch, which the workers need not
+
+        main(parse_args(DataConfig))

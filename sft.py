@@ -23,15 +23,7 @@ from tqdm import tqdm
 
 import demo
 from chat import Tokenizer
-from checkpoint import (
-    check_output,
-    find_tensors,
-    load_hf,
-    lock_output,
-    resume_run,
-    save_hf,
-    save_run,
-)
+from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
     check_micro_tokens,
@@ -44,13 +36,12 @@ from data import (
 from errors import reported
 from model import Llama, LlamaConfig
 from parallel import shard, start, sum_over_ranks, watch_signals
+from run_folder import append_record, check_output, keep_records, lock_output
 from training import (
-    append_record,
     check_finite,
     check_flags,
     clip_gradients,
     environment,
-    keep_records,
     learning_rate,
     make_optimizer,
     model_flops,

@@ -6,7 +6,6 @@ Leaves of sft.py and dpo.py: every function here is called and returns.
 import argparse
 import dataclasses
 import inspect
-import json
 import math
 import os
 import platform
@@ -213,33 +212,3 @@ def environment(device, world):
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def append_record(path, record):
-    """Add one line to metrics.jsonl."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def keep_records(path, steps):
-    """Drop the records of updates after `steps`, which a resumed run makes again."""
-    if not path.exists():
-        return
-    kept = [r for r in read_records(path) if r.get("step", 0) <= steps]
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-
-
-def read_records(path):
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
