@@ -14,6 +14,7 @@ import hashlib
 import heapq
 import json
 import sys
+import tempfile
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 
@@ -240,7 +241,16 @@ def main(flags):
     config = DataConfig(**flags)
     if not config.model or not config.data:
         raise InputError("--model DIR and --data FILE are needed")
-    documents = Documents(config.data, config.model, config.max_seq_len, encode_conversation)
+    # Beside data that cannot be written to, the cache has no place to stay.
+    with tempfile.TemporaryDirectory() as aside:
+        documents = Documents(
+            config.data, config.model, config.max_seq_len, encode_conversation, aside
+        )
+        describe(documents, config)
+
+
+def describe(documents, config):
+    """Print counts, lengths, how full the rows are, and the first conversations."""
     check_micro_tokens(documents, config.micro_tokens)
     print(documents.summary())
     print(f"{documents.turns.sum():,} assistant turns, {documents.turns.mean():.2f} a conversation")

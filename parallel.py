@@ -25,6 +25,8 @@ def start():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # by a caller that runs more than one thing in a process
+        return rank, world, device
     launched = "RANK" in os.environ
     if launched:
         die_with_parent()
