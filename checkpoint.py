@@ -87,14 +87,13 @@ def weight_files(folder):
     return [folder / name for name in names]
 
 
-def load_hf(model, folder, device):
-    """Fill `model`, built on the meta device and sharded or not, with the weights of an HF folder.
+def load_hf(model, folder):
+    """Fill `model`, sharded or not, with the weights of an HF folder.
 
     Each rank reads its own rows of each tensor and nothing else; the file is opened anew for each,
     so that no more than one tensor's pages of it are in memory.
     """
     files = find_tensors(model, folder)
-    model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local, first = local_rows(parameter.detach())
         with safe_open(files[name], "pt") as file:
@@ -241,7 +240,7 @@ def save_run(folder, step, model, optimizer, keep):
     raise_together(failure, f"{place}: the checkpoint could not be saved")
 
 
-def resume_run(folder, model, optimizer, device):
+def resume_run(folder, model, optimizer):
     """Load the newest whole checkpoint, if any; the number of updates it holds, else 0.
 
     A damaged one is named in a warning and the one before it is used. Model and optimizer may be
@@ -256,7 +255,6 @@ def resume_run(folder, model, optimizer, device):
                     flush=True,
                 )
             continue
-        model.to_empty(device=device)
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
         dcp.load(state, checkpoint_id=place)

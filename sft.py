@@ -111,17 +111,19 @@ def main(flags):
 
     per_epoch, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
-    shard(model, getattr(torch, config.dtype), config.recompute, config.compile)
+    shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
     optimizer = make_optimizer(model, config)
-    first = resume_run(out, model, optimizer, device)
+    first = resume_run(out, model, optimizer)
     if first == 0:
-        load_hf(model, config.model, device)
+        load_hf(model, config.model)
     if rank == 0:
         keep_records(metrics, first)
         environment_record = environment(device, world)
         record = {"event": "start", "config": dataclasses.asdict(config)}
         append_record(metrics, record | {"environment": environment_record, "run": run})
     say(documents.summary())
+    if len(documents) < config.batch_size:
+        say(f"warning: --batch-size {config.batch_size} is more than that: one update an epoch")
     say(
         f"{total:,} updates of {config.batch_size} conversations, {per_epoch:,} an epoch"
         + (f", continued after {first:,}" if first else "")
