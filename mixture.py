@@ -21,14 +21,13 @@ Where this differs from open-instruct's `reformat_datasets.py` (at 60ceefa):
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass
-from dataclasses import field as default
 from pathlib import Path
 
 import sentencepiece
@@ -58,8 +57,10 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer, chosen)
     if args.out.suffix != ".jsonl":
         raise InputError(f"--out {args.out}: expected a name that ends in .jsonl")
-    if args.out.exists() and not args.overwrite:
-        raise InputError(f"--out {args.out}: exists; give --overwrite to replace it")
+    if not args.out.parent.is_dir():
+        raise InputError(f"--out {args.out}: no folder {args.out.parent}")
+    if args.out.exists() and not (args.overwrite and args.out.is_file()):
+        raise InputError(f"--out {args.out}: exists; --overwrite replaces a file")
 
     reports = {source.name: Report() for source in chosen}
     bar = tqdm(total=sum(source.before for source in chosen), unit=" conversations", disable=None)
@@ -80,47 +81,60 @@ def main():
     print(f"written: {args.out}")
 
 
-@dataclass
+@dataclasses.dataclass
 class Report:
     """What became of one source."""
 
     read: int = 0  # raw rows
     sampled: int = 0  # conversations before the keyword filter
-    kept: Counter = default(default_factory=Counter)  # and after it, by `dataset`
-    dropped: Counter = default(default_factory=Counter)  # what the original leaves out, by reason
+    kept: Counter = dataclasses.field(default_factory=Counter)  # and after it, by `dataset`
+    dropped: Counter = dataclasses.field(default_factory=Counter)  # left out, by reason
 
 
 def conversations(source, paths, stream, tokenizer, report):
     """The source's conversations before the keyword filter, in their final form."""
-    for turn in range(source.repeat):
-        position = 0  # starts anew when a source is repeated, so its ids repeat too
+    for _ in range(source.repeat):
+        position = report.read = 0  # a repeated source repeats its ids, and its rows count once
         for path in paths:
-            rows, read = records(path), 0
-            if source.name == "sharegpt":
-                rows = with_token_counts(rows, tokenizer)
-            wanted, left = source.sample, count(path) if source.sample else 0
-            for place, record in rows:
-                read += 1
-                # Rows that the sample leaves out are converted too: an error in the file is found
-                # whatever the seed.
-                with located(place):
-                    results = list(source.convert(record, stream))
-                if source.sample:
-                    # Selection sampling (Knuth, volume 2, algorithm S): each of the rows left is
-                    # taken with the same chance, and in the end exactly as many as wanted.
-                    take = stream.random() * left < wanted
-                    wanted, left = wanted - take, left - 1
-                    if not take:
-                        continue
-                for result in results:
-                    if isinstance(result, str):
-                        report.dropped[result] += 1
-                        continue
-                    yield {"dataset": source.name, "id": f"{source.name}_{position}", **result}
-                    position += 1
-            if not read:
-                raise InputError(f"{path}: no records")
-            report.read += read if turn == 0 else 0
+            rows = converted(source, path, stream, tokenizer, report)
+            if source.sample:
+                rows = sample(rows, source.sample, count(path), stream)
+            for result in itertools.chain.from_iterable(rows):
+                if isinstance(result, str):
+                    report.dropped[result] += 1
+                    continue
+                yield {"dataset": source.name, "id": f"{source.name}_{position}", **result}
+                position += 1
+
+
+def converted(source, path, stream, tokenizer, report):
+    """For every row of a raw file, what the source's converter makes of it.
+
+    That includes the rows that no sample will take: an error is found whatever the seed.
+    """
+    rows, before = records(path), report.read
+    if source.name == "sharegpt":
+        rows = with_token_counts(rows, tokenizer)
+    for place, record in rows:
+        report.read += 1
+        with located(place):
+            results = list(source.convert(record, stream))
+        yield results
+    if report.read == before:
+        raise InputError(f"{path}: no records")
+
+
+def sample(rows, wanted: int, left: int, stream):
+    """`wanted` of the `left` rows, in their order: Knuth's algorithm S (volume 2, section 3.4.2).
+
+    A row is taken with the chance (still wanted) / (rows left), which makes every set of rows
+    equally likely, needs no memory, and ends with exactly as many as wanted.
+    """
+    for row in rows:
+        take = stream.random() * left < wanted
+        wanted, left = wanted - take, left - 1
+        if take:
+            yield row
 
 
 def random_stream(seed: int, name: str) -> random.Random:

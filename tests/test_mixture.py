@@ -44,7 +44,7 @@ def assistant(text):
         ("Milan is in Lombardy.", True),
         ("napalm", True),
         ("Claudette", True),
-        ("gpt 2, openly, a chat with a bard-less bing", True),
+        ("the bards of Wales", True),
         ("gpt-2, open  ai, bing, b ard", False),
     ],
 )
@@ -275,7 +275,7 @@ def test_output_is_whole_or_untouched(raw, tmp_path):
     """An existing file is replaced only when asked, and an error half-way leaves what was there."""
     out = tmp_path / "out.jsonl"
     out.write_text("mine")
-    with pytest.raises(InputError, match="exists; give --overwrite"):
+    with pytest.raises(InputError, match="exists; --overwrite replaces a file"):
         run("--raw", raw, "--out", out, "--sources", "lima")
     with open(raw / "science_train.jsonl", "a") as file:
         file.write('{"input": "q"}\n')
@@ -285,6 +285,12 @@ def test_output_is_whole_or_untouched(raw, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.jsonl"]
     run("--raw", raw, "--out", out, "--sources", "lima", "--overwrite")
     assert len(read(out)) == 1
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(InputError, match="folder.jsonl: exists"):
+        run("--raw", raw, "--out", tmp_path / "folder.jsonl", "--sources", "lima", "--overwrite")
+    (raw / "train.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="train.jsonl: no records"):
+        run("--raw", raw, "--out", out, "--sources", "lima", "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -300,6 +306,7 @@ def test_output_is_whole_or_untouched(raw, tmp_path):
         (("--raw", "RAW", "--out", "o.jsonl", "--tokenizer", "no"), "--tokenizer no: expected"),
         (("--raw", "RAW", "--out", "o.jsonl", "--tokenizer", __file__), "no SentencePiece model"),
         (("--raw", "RAW", "--out", "o.json", "--sources", "lima"), "expected a name that ends in"),
+        (("--raw", "RAW", "--out", "no/o.jsonl", "--sources", "lima"), "no folder no"),
         (("--check", "nowhere.jsonl"), "nowhere.jsonl: No such file"),
         (("--check", "RAW/train.jsonl"), "train.jsonl: line 1: no field 'dataset'"),
     ],
