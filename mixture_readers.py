@@ -20,8 +20,6 @@ from errors import InputError
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 CHUNK = 1 << 20  # bytes read at once
 LONGEST = 64 << 20  # characters; a record of a list that does not end by then counts as broken
-
-
 BLANK = object()  # stands for an empty line, which has a number but no record
 UNREADABLE = (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile, csv.Error)
 BOM = codecs.BOM_UTF8  # some editors put it at the beginning of a file
@@ -86,14 +84,16 @@ def items(path):
 
 @contextlib.contextmanager
 def parquet(path):
-    """The parquet file, read in small pieces even where it is one row group."""
+    """The parquet file, opened to be read in small pieces."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"{path}: to read parquet, install the package pyarrow") from None
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK) as table:
+        # `pre_buffer`, pyarrow's default, would hold a whole row group, and that may be the file:
+        # for one like Open-Orca's it took 1 GB instead of 142 MiB.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as table:
             yield table
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not readable as parquet: {error}") from None

@@ -94,6 +94,22 @@ def test_unreadable_files(tmp_path, name, data, message):
     assert message in str(error.value)
 
 
+def test_parquet_is_read_in_pieces(tmp_path):
+    """Of a file of one row group, memory holds a small part."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": [f"{i:0500}" for i in range(40_000)]})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path, compression="none", use_dictionary=False)
+    del table
+    before, rows = pyarrow.total_allocated_bytes(), records(path)
+    next(rows)
+    # 40,000 * 500 bytes = 20 MB. Held: a batch of 1,024 rows and read buffers of 1 MiB.
+    assert pyarrow.total_allocated_bytes() - before < 6_000_000
+    assert sum(1 for _ in rows) == 39_999
+
+
 def test_parquet_is_optional(tmp_path, monkeypatch):
     """Without pyarrow, a parquet file says what to install."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
