@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import demo
-from chat import Tokenizer
+from chat import Tokenizer, fast_tokenizer
 from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
@@ -96,6 +96,7 @@ def main(flags):
     model_config = LlamaConfig.from_folder(config.model)
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
+    fast_tokenizer(tokenizer, Path(config.model) / "tokenizer.json")  # it is needed at the end
     with torch.device("meta"):
         model = Llama(model_config)
     find_tensors(model, config.model)
