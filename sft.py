@@ -36,7 +36,7 @@ from data import (
 from errors import reported
 from model import Llama, LlamaConfig
 from parallel import shard, start, sum_over_ranks, watch_signals
-from run_folder import append_record, check_output, keep_records, lock_output
+from run_folder import append_record, check_output, lock_output, start_records
 from training import (
     check_finite,
     check_flags,
@@ -107,8 +107,8 @@ def main(flags):
     check_micro_tokens(documents, config.micro_tokens)
     run["data"] = documents.key
     if rank == 0:
-        check_output(out, run, model, config.save_every)
         lock = lock_output(out)  # noqa: F841, held until this process ends
+        check_output(out, run, model, config.save_every)  # again: what the lock's last holder left
 
     per_epoch, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
@@ -118,10 +118,9 @@ def main(flags):
     if first == 0:
         load_hf(model, config.model, device)
     if rank == 0:
-        keep_records(metrics, first)
-        environment_record = environment(device, world)
         record = {"event": "start", "config": dataclasses.asdict(config)}
-        append_record(metrics, record | {"environment": environment_record, "run": run})
+        record |= {"environment": environment(device, world), "run": run}
+        start_records(metrics, first, record)
     say(documents.summary())
     say(
         f"{total:,} updates of {config.batch_size} conversations, {per_epoch:,} an epoch"
