@@ -35,6 +35,7 @@ CPU_WORKSPACE = 64 << 20
 # once (1 GB at E = 4,096), which many rows must share; with that sum (500 MiB, of which dW itself
 # takes the place of 250 at the end) the working memory stays below 600 MiB.
 CUDA_WORKSPACE = 320 << 20
+FEWEST_ROWS = 1024  # whatever V: below this the matrix products no longer fill the chip
 
 
 def linear_cross_entropy(hidden, weight, labels, uniform_gradient=False):
@@ -161,7 +162,7 @@ def cross_entropy_op(
     """nll, and for d_nll (N,) the gradients of hidden and weight (else two empty tensors)."""
     (N, E), V = hidden.shape, len(weight)
     # Chunks of equal size, in multiples of 128 rows, a tile of the matrix products.
-    most = max(1024, CUDA_WORKSPACE // (4 * V))
+    most = max(FEWEST_ROWS, CUDA_WORKSPACE // (4 * V))
     rows = -(-N // -(-N // most) // 128) * 128 if N > 0 else 0
     workspace = hidden.new_empty(min(rows, N), V, dtype=torch.float32)
     nll = hidden.new_empty(N, dtype=torch.float32)
