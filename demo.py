@@ -1,0 +1,1 @@
+SFT = {"out": "runs/demo/sft"}
