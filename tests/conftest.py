@@ -1,5 +1,5 @@
-"""What several test files share: a tiny tokenizer, base model and conversations, made on the spot;
-and the real data, where it is there."""
+"""What the tests share: a tiny tokenizer, base model and conversations, made on the spot; the real
+data, where it is there; and what a machine without a GPU needs."""
 
 import json
 import os
@@ -10,6 +10,19 @@ import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
+
+# Without a GPU Triton's interpreter runs the kernels; it has to know before the first import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none, and say so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
