@@ -399,7 +399,7 @@ def test_broken_files_are_named(tmp_path):
         with pytest.raises(InputError, match=f"data{suffix}"):
             read(path)
     path.write_text("{}")
-    with pytest.raises(InputError, match="found a JSON dict, expected a list"):
+    with pytest.raises(InputError, match="expected one JSON list"):
         read(path)
 
 
