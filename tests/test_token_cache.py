@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -239,6 +240,20 @@ def test_many_that_start_at_once_make_it_once(data, model, made):
     assert len(made) == 1
     for arrays, _ in found:
         assert lists(arrays) == expected(data, model)
+
+
+def test_a_lock_is_held_on_the_file_that_is_there(tmp_path):
+    """Who waited for a lock that was unlinked meanwhile does not hold it beside a newcomer."""
+    path = tmp_path / "lock"
+    first = token_cache.open_locked(path)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(token_cache.open_locked, path)
+        time.sleep(0.2)  # until it waits; were it slower still, the test would only see less
+        assert not waiting.done()
+        path.unlink()
+        first.close()
+        with waiting.result(timeout=10) as second:
+            assert os.path.samestat(os.fstat(second.fileno()), path.stat())
 
 
 def test_where_the_data_cannot_be_written_the_fallback_is_used(data, model, made, tmp_path):
