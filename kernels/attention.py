@@ -100,7 +100,7 @@ def attention_cpu(q, k, v, lengths):
     return torch.cat(documents)
 
 
-# Kernels. A program owns a tile of queries (or keys) of one head and walks along the other side, so
+# Kernels: a program owns a tile of queries (or keys) of one head and walks along the other side, so
 # every sum has one owner and a fixed order. A walk has two parts, one body compiled twice: tiles in
 # which every pair is seen, then the tiles on the diagonal or across a document's edge, with a mask.
 # Tiles lie on the row's grid, not the documents': as many as the tokens need, however short those.
@@ -292,22 +292,18 @@ def blocks(kernel, dtype, hopper):
     sm_90: 243 of 255 registers in forward, 191 for dq, 254 for dk and dv; on sm_80 those blocks
     spill in forward and in dk and dv. fp32 runs without tensor cores, to check the rest by.
     """
+    BM, BN = {
+        forward_kernel: (128, 128) if hopper else (128, 64),
+        backward_q_kernel: (128, 64),
+        backward_kv_kernel: (64, 128) if hopper else (32, 64),
+    }[kernel]
     if dtype == torch.float32:
-        BM, BN, num_stages = 32, 32, 1
-    else:
-        BM, BN = {
-            forward_kernel: (128, 128) if hopper else (128, 64),
-            backward_q_kernel: (128, 64),
-            backward_kv_kernel: (64, 128) if hopper else (32, 64),
-        }[kernel]
-        num_stages = 2
-    return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": num_stages}
+        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+    return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
 
 
-def blocks_for(kernel, x):
-    """`blocks` on the device of x."""
-    hopper = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    return blocks(kernel, x.dtype, hopper)
+# Custom operators, so that torch.compile keeps a kernel as one node of its graph. Their fakes tell
+# it the shapes.
 
 
 @torch.library.custom_op("tulu::attention", mutates_args=())
@@ -315,64 +311,62 @@ def attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     doc_start: torch.Tensor, doc_end: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out (T, H, D) and lse (H, T padded), as one node of a compiled graph."""
+    """out (T, H, D) and lse (H, T padded)."""
     (T, H, D), Hk = q.shape, k.shape[1]
-    out, lse = torch.empty_like(q), statistic_like(q)
+    out, lse = fake_attention(q, k, v, doc_start, doc_end)
     if T > 0:
-        size = blocks_for(forward_kernel, q)
+        size = blocks(forward_kernel, q.dtype, is_hopper(q))
         grid = (triton.cdiv(T, size["BM"]), H)
         forward_kernel[grid](q, k, v, out, lse, doc_start, T, H, Hk, D, **size)
     return out, lse
 
 
+@attention_op.register_fake
+def fake_attention(q, k, v, doc_start, doc_end):
+    """Memory for out and, in fp32, lse."""
+    T, H = q.shape[:2]
+    padded = (T + PAD.value - 1) // PAD.value * PAD.value
+    return torch.empty_like(q), q.new_empty(H, padded, dtype=torch.float32)
+
+
 @torch.library.custom_op("tulu::attention_backward", mutates_args=())
 def attention_backward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, d_out: torch.Tensor,
-    lse: torch.Tensor, doc_start: torch.Tensor, doc_end: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor,
+    doc_end: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk and dv."""
     (T, H, D), Hk = q.shape, k.shape[1]
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
     if T == 0:
         return dq, dk, dv
-    delta = torch.empty_like(lse)
+    hopper = is_hopper(q)
     delta_kernel[triton.cdiv(T, PAD.value), H](out, d_out, delta, T, H, D, PAD.value, num_warps=8)
-    size = blocks_for(backward_q_kernel, q)
+    size = blocks(backward_q_kernel, q.dtype, hopper)
     grid = (triton.cdiv(T, size["BM"]), H)
     backward_q_kernel[grid](q, k, v, d_out, lse, delta, dq, doc_start, T, H, Hk, D, **size)
-    size = blocks_for(backward_kv_kernel, q)
+    size = blocks(backward_kv_kernel, q.dtype, hopper)
     grid = (triton.cdiv(T, size["BN"]), Hk)
     backward_kv_kernel[grid](q, k, v, d_out, lse, delta, dk, dv, doc_end, T, H, Hk, D, **size)
     return dq, dk, dv
 
 
-def statistic_like(q):
-    """One fp32 per query and head (H, T rounded up to PAD)."""
-    T, H = q.shape[:2]
-    return q.new_empty(H, (T + PAD.value - 1) // PAD.value * PAD.value, dtype=torch.float32)
-
-
-@attention_op.register_fake
-def _(q, k, v, doc_start, doc_end):
-    return torch.empty_like(q), statistic_like(q)
+def is_hopper(x):
+    """Whether x lies on a GPU of compute capability 9.0 or above."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 @attention_backward_op.register_fake
-def _(q, k, v, out, d_out, lse, doc_start, doc_end):
+def _(q, k, v, *rest):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def keep_for_backward(ctx, inputs, output):
-    """q, k, v, the documents, out and lse: nothing of size T x T."""
     ctx.save_for_backward(*inputs, *output)
 
 
 def attention_gradients(ctx, d_out, d_lse):
-    """The backward of `attention_op`; lse is nobody else's input."""
-    q, k, v, doc_start, doc_end, out, lse = ctx.saved_tensors
-    d_out = d_out.contiguous()
-    grads = attention_backward_op(q, k, v, out, d_out, lse, doc_start, doc_end)
-    return *grads, None, None
+    """Of q, k and v; lse is nobody else's input, so d_lse is nothing."""
+    return *attention_backward_op(*ctx.saved_tensors, d_out.contiguous()), None, None
 
 
 attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
