@@ -2,7 +2,7 @@
 
 Every script runs its `main` inside `with reported():`. An `InputError` (a bad flag, file, line or
 folder) becomes one line on standard error that begins with `error: `, and exit status 2. Anything
-else is a bug of ours and keeps its traceback.
+else but a `RunError` is a bug of ours and keeps its traceback.
 """
 
 import contextlib
@@ -15,12 +15,16 @@ class InputError(ValueError):
     """The user's input is wrong; the message says where, what was found and what was expected."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on (a loss that is not finite, a full disk); exit status 1."""
+
+
 @contextlib.contextmanager
 def reported():
     """Turn an `InputError`, or a file the system refuses, into `error: …` and exit status 2."""
     try:
         yield
-    except (InputError, OSError) as error:
+    except (InputError, RunError, OSError) as error:
         # Most errors strike every rank alike: rank 0 speaks, and torchrun ends the others while
         # they wait. An error that is one rank's alone is said after the wait.
         if int(os.environ.get("RANK", 0)) > 0:
@@ -28,7 +32,7 @@ def reported():
         sys.stdout.flush()
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         # Not sys.exit: at its end Python would wait for process groups that other ranks still hold.
-        os._exit(2)
+        os._exit(1 if isinstance(error, RunError) else 2)
 
 
 def one_line(error):

@@ -1,0 +1,259 @@
+"""LLaMA 2 in plain PyTorch: a packed row of documents in, losses or logits of chosen tokens out.
+
+Touvron et al. 2023 (arXiv 2307.09288), section 2.2: pre-normalisation with RMSNorm, rotary position
+embedding, grouped-query attention, SwiGLU. Module and parameter names are those of the Hugging Face
+safetensors, and the rotary layout is Hugging Face's half-split one, so that a checkpoint loads
+without a name map. Read by sft.py and dpo.py through parallel.py and checkpoint.py.
+
+There is no batch axis and no padding. One forward pass takes one row: documents (conversations)
+laid end to end, with `doc_start` telling every token where its own document begins.
+
+Shapes, here and in every other file:
+    T  tokens of a packed row        E  hidden size           F  width of the MLP
+    H  query heads                   Hk key/value heads       D  size of a head
+    V  vocabulary                    N  tokens that are predicted (trained), or sequences
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from errors import InputError
+from kernels.attention import attention, attention_layout
+from kernels.cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture, as `config.json` of a Hugging Face Llama folder gives it."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_folder(cls, folder):
+        """Read `folder/config.json`; raises `InputError` for what is wrong or not implemented."""
+        path = Path(folder) / "config.json"
+        if not Path(folder).is_dir():
+            raise InputError(f"{folder}: no such folder, expected a Hugging Face Llama checkpoint")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, expected a Hugging Face Llama checkpoint")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: found a JSON {type(values).__name__}, expected an object")
+        return cls.from_dict(values, path)
+
+    @classmethod
+    def from_dict(cls, values, path="config.json"):
+        """Check the fields of a config.json; `path` is named in errors."""
+        refuse_what_is_not_implemented(values, path)
+
+        def number(name, kind=int, default=None):
+            value = values.get(name)
+            value = default if value is None else value
+            allowed = int if kind is int else (int, float)
+            if not isinstance(value, allowed) or isinstance(value, bool) or not value > 0:
+                expected = "positive integer" if kind is int else "positive number"
+                raise InputError(f"{path}: {name} is {value!r}, expected a {expected}")
+            return kind(value)
+
+        heads = number("num_attention_heads")
+        hidden_size = number("hidden_size")
+        # transformers 5 keeps the base of the rotary angles in rope_parameters, older ones beside
+        # the other fields; Llama 2 checkpoints have neither and mean 10,000 (Code Llama: 1e6).
+        rope = values.get("rope_parameters") or {}
+        values = values | {"rope_theta": rope.get("rope_theta", values.get("rope_theta"))}
+        config = cls(
+            vocab_size=number("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=number("intermediate_size"),
+            num_hidden_layers=number("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=number("num_key_value_heads", default=heads),
+            head_dim=number("head_dim", default=hidden_size // heads),
+            rms_norm_eps=number("rms_norm_eps", float, 1e-6),
+            rope_theta=number("rope_theta", float, 10_000.0),
+            tie_word_embeddings=bool(values.get("tie_word_embeddings")),
+        )
+        if hidden_size % heads:
+            raise InputError(
+                f"{path}: hidden_size {hidden_size} is no multiple of num_attention_heads {heads}"
+            )
+        if heads % config.num_key_value_heads:
+            raise InputError(
+                f"{path}: num_attention_heads {heads} is no multiple of "
+                f"num_key_value_heads {config.num_key_value_heads}"
+            )
+        if config.head_dim % 2:
+            raise InputError(f"{path}: head_dim is {config.head_dim}, rotary embedding needs pairs")
+        return config
+
+
+def refuse_what_is_not_implemented(values, path):
+    """Raise `InputError` for a config that this model would silently compute wrongly."""
+    rope = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    for name, found in (("rope_parameters", rope), ("rope_scaling", scaling)):
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: {name} is {found!r}, expected an object or null")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling_kind = scaling.get("rope_type", scaling.get("type", "default" if not scaling else "?"))
+    for name, found, implemented in (
+        ("model_type", values.get("model_type"), ("llama",)),
+        ("hidden_act", values.get("hidden_act", "silu"), ("silu",)),
+        ("attention_bias", values.get("attention_bias", False), (False, None)),
+        ("mlp_bias", values.get("mlp_bias", False), (False, None)),
+        ("attention_dropout", values.get("attention_dropout", 0.0), (0, None)),
+        ("rope_parameters.rope_type", kind, ("default",)),
+        ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
+        ("rope_scaling", scaling_kind, ("default",)),
+        ("quantization_config", values.get("quantization_config"), (None,)),
+    ):
+        if found not in implemented:
+            raise InputError(f"{path}: {name} is {found!r}, only {implemented[0]!r} is implemented")
+
+
+class Llama(nn.Module):
+    """The whole network; `lm_head` is absent where the embedding is tied to it."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, input_ids, doc_start, predict, labels=None, uniform_gradient=False):
+        """Losses, or logits, of the tokens that follow the positions `predict`.
+
+        input_ids (T,) int64, doc_start (T,) int32, predict (N,) int64 positions in the row.
+        With labels (N,) int64: their negative log-likelihood (N,) fp32; `uniform_gradient=True`
+        promises that the loss is a multiple of its sum (see kernels/cross_entropy.py).
+        Without: logits (N, V) fp32.
+
+        The head sees only `predict`: three quarters of a conversation are often not trained. It is
+        applied here, not by the caller, because FSDP2 gathers its weight only for this call.
+        """
+        hidden = self.model(input_ids, doc_start)[predict]  # (N, E)
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if labels is None:
+            return F.linear(hidden, head).float()  # (N, V)
+        return linear_cross_entropy(hidden, head, labels, uniform_gradient=uniform_gradient)
+
+
+class Decoder(nn.Module):
+    """Embedding, the blocks, and the last normalisation: hidden states (T, E) of a packed row."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids, doc_start):
+        # What depends on the documents alone is made once here, not once per layer.
+        positions = torch.arange(len(input_ids), device=doc_start.device) - doc_start
+        x = self.embed_tokens(input_ids)  # (T, E)
+        cos, sin = rotary_angles(positions, self.config, x.dtype)
+        layout = attention_layout(doc_start)
+        for layer in self.layers:
+            x = layer(x, cos, sin, doc_start, layout)
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    """One transformer block: attention, then the MLP, each on a normalised copy of the stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, cos, sin, doc_start, layout):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, doc_start, layout)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention inside each document, with H query heads sharing Hk key/value heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(E, config.num_attention_heads * D, bias=False)
+        self.k_proj = nn.Linear(E, config.num_key_value_heads * D, bias=False)
+        self.v_proj = nn.Linear(E, config.num_key_value_heads * D, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, E, bias=False)
+
+    def forward(self, x, cos, sin, doc_start, layout):
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
+        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, doc_start, layout)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) in fp32, then times a weight (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, hidden_size, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rotary_angles(positions, config, dtype):
+    """cos and sin (T, 1, D) of position · theta^(-2i/D), in fp32 (Su et al. 2021, eq. 15).
+
+    The D/2 angles stand twice, side by side: Hugging Face's layout pairs element i with i + D/2,
+    where the paper and Meta's weights pair 2i with 2i + 1.
+    """
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D
+    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)  # (T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (i, i + D/2) of x (T, heads, D) by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
