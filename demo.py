@@ -17,6 +17,7 @@ do not: the sentence is always the chosen one. So SFT shows as tasks solved, DPO
 """
 
 import io
+import itertools
 import json
 import random
 from pathlib import Path
@@ -30,7 +31,7 @@ from safetensors.torch import save_file
 SFT = {
     "epochs": 2,
     "batch_size": 32,
-    "lr": 3e-3,
+    "lr": 2.5e-3,
     "warmup_ratio": 0.1,
     "max_seq_len": 256,
     "micro_tokens": 4096,
@@ -44,7 +45,7 @@ DPO = {
     "micro_tokens": 4096,
 }
 
-CONVERSATIONS = 20_000
+CONVERSATIONS = 8_000
 PAIRS = 4_000
 HELD_OUT = 30  # of each kind
 LO, HI = 2, 4
@@ -53,47 +54,41 @@ SEED = 2  # of everything made here; the order of training is --seed's
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 480,
+    "vocab_size": 448,
     "hidden_size": 128,
     "intermediate_size": 352,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "hidden_act": "silu",
-    "initializer_range": 0.02,
+    "initializer_range": 0.06,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
 
-WORDS = """ant bee cat dog fox hen owl pig rat bus car jet van cup jar lid mug pan bed rug
-egg fig jam pea sun sky""".split()
-
-# For each kind of task two questions, then two requests.
-PHRASINGS = {
-    "first word": (
-        "Which word comes first in {}?",
-        "What is the first word of {}?",
-        "Give the first word of {}.",
-        "Name the word that comes first in {}.",
-    ),
-    "last word": (
-        "Which word comes last in {}?",
-        "What is the last word of {}?",
-        "Give the last word of {}.",
-        "Name the word that comes last in {}.",
-    ),
-    "repeat": ("Can you repeat {}?", "Could you say {} again?", "Repeat {}.", "Say {} again."),
-    "backwards": ("What is {} backwards?", "Can you turn {} around?", "Say {} backwards.", "Turn {} around."),
-    "sum": ("What is {} plus {}?", "How much is {} and {}?", "Add {} and {}.", "Sum {} and {}."),
+WORDS = {
+    "animal": "ant dog fox hen yak".split(),
+    "food": "egg jam nut pie lime".split(),
+    "colour": "red blue gold white olive".split(),
+    "vehicle": "car van tram ship kart".split(),
 }
-FOLLOW_UP = ("And the {} one?", "What about the {} one?", "Now the {} one.", "The {} one too.")
-CAPITALS = "Answer in capitals."
-KINDS = (*PHRASINGS, "system message", "second turn")
+# Two questions and two requests for each task. The last {} is a list; after the first turn, "them".
+TASKS = {
+    "pick": (
+        "What is the {} among {}?",
+        "Can you name the {} among {}?",
+        "Name the {} among {}.",
+        "Pick the {} among {}.",
+    ),
+    "sort": ("Can you sort {}?", "What is the order of {}?", "Sort {}.", "Put {} in order."),
+}
+CAPITALS = {"role": "system", "content": "Answer in capitals."}
+KINDS = ("pick words", "pick numbers", "sort words", "sort numbers", "system message", "later turn")
 
 
 def sentence(answer: str) -> str:
@@ -106,42 +101,40 @@ def solves(answer: str, reply: str) -> bool:
     return reply in (answer, sentence(answer))
 
 
-def task(rng, kind):
-    """What is asked about, and the right answer to it: a tuple of texts, and a text."""
-    if kind == "sum":
-        a, b = rng.randint(10, 89), rng.randint(1, 9)
-        return (str(a), str(b)), str(a + b)
-    words = rng.sample(WORDS, rng.randint(LO, HI))
-    about = (" ".join(words),)
-    if kind == "backwards":
-        return about, " ".join(reversed(words))
-    return about, {"first word": words[0], "last word": words[-1], "repeat": about[0]}[kind]
+def conversation(rng):
+    """One conversation up to its last answer, as a dict.
 
-
-def example(rng, kind):
-    """A prompt of this kind, what it is about, the right answer, and the form SFT shows it in."""
-    messages = []
-    base = kind
-    if kind in ("system message", "second turn"):
-        base = rng.choice(("first word", "last word", "repeat")[: 3 if kind[1] == "y" else 2])
-    about, answer = task(rng, base)
-    phrasing = rng.randrange(4)
-    messages.append({"role": "user", "content": PHRASINGS[base][phrasing].format(*about)})
-    if kind == "system message":
-        messages.insert(0, {"role": "system", "content": CAPITALS})
-        answer = answer.upper()
-    if kind == "second turn":
-        messages.append({"role": "assistant", "content": styled(rng, answer, phrasing)})
-        end, pick = ("last", -1) if base == "first word" else ("first", 0)
-        phrasing = rng.randrange(4)
-        messages.append({"role": "user", "content": FOLLOW_UP[phrasing].format(end)})
-        answer = about[0].split()[pick]
-    return messages, about, answer, styled(rng, answer, phrasing)
-
-
-def styled(rng, answer, phrasing):
-    """Undecided: four of five questions get a sentence, and one of five requests."""
-    return sentence(answer) if rng.random() < (0.8 if phrasing < 2 else 0.2) else answer
+    kind: of task · items: what it is about · messages: up to the last question ·
+    answer: the right answer to it · reply: the answer in the form that SFT shows
+    """
+    if rng.random() < 0.35:
+        items = [str(digit) for digit in rng.sample(range(10), rng.randint(3, 4))]
+        names, kind = {"largest number": max(items), "smallest number": min(items)}, "numbers"
+    else:
+        names, kind = {name: rng.choice(WORDS[name]) for name in rng.sample(list(WORDS), 3)}, "words"
+        items = rng.sample(list(names.values()), 3)
+    capitals = kind == "words" and rng.random() < 0.4
+    messages = [CAPITALS] if capitals else []
+    spoken = " ".join(items)
+    for turn in range(rng.randint(1, 3)):
+        if turn:
+            messages.append({"role": "assistant", "content": reply})
+        task, phrasing = rng.choice(list(TASKS)), rng.randrange(4)
+        name = rng.choice(list(names))
+        answer = names[name] if task == "pick" else " ".join(sorted(items))
+        answer = answer.upper() if capitals else answer
+        about = (name, spoken) if task == "pick" else (spoken,)
+        messages.append({"role": "user", "content": TASKS[task][phrasing].format(*about)})
+        # Undecided: four of five questions get a sentence, and one of five requests.
+        reply = sentence(answer) if rng.random() < (0.8 if phrasing < 2 else 0.2) else answer
+        spoken = "them"
+    if turn:
+        kind = "later turn"
+    elif capitals:
+        kind = "system message"
+    else:
+        kind = f"{task} {kind}"
+    return {"kind": kind, "items": " ".join(items), "messages": messages, "answer": answer, "reply": reply}
 
 
 def make(folder: Path) -> None:
@@ -151,32 +144,27 @@ def make(folder: Path) -> None:
     conversation and no pair, in whatever phrasing.
     """
     rng = random.Random(SEED)
-    held_out, kept = [], set()
-    for kind in KINDS:
-        for _ in range(HELD_OUT):
-            messages, about, answer, _ = example(rng, kind)
-            held_out.append({"kind": kind, "messages": messages, "answer": answer})
-            kept.add(about)
-
-    def fresh(count):
-        while count:
-            messages, about, answer, reply = example(rng, rng.choice(KINDS))
-            if about not in kept:
-                count -= 1
-                yield messages, answer, reply
-
+    drawn = iter(lambda: conversation(rng), None)
+    held_out = {kind: [] for kind in KINDS}
+    while any(len(rows) < HELD_OUT for rows in held_out.values()):
+        row = next(drawn)
+        if len(held_out[row["kind"]]) < HELD_OUT:
+            held_out[row["kind"]].append(row)
+    held_out = [row for rows in held_out.values() for row in rows]
+    kept = {row["items"] for row in held_out}
+    fresh = (row for row in drawn if row["items"] not in kept)
     conversations = [
-        {"dataset": "demo", "id": f"demo_{i}", "messages": [*messages, assistant(reply)]}
-        for i, (messages, _, reply) in enumerate(fresh(CONVERSATIONS))
+        {"dataset": "demo", "id": f"demo_{i}", "messages": [*row["messages"], assistant(row["reply"])]}
+        for i, row in enumerate(itertools.islice(fresh, CONVERSATIONS))
     ]
     pairs = [
         {
-            "prompt": messages[-1]["content"],
+            "prompt": row["messages"][-1]["content"],
             "prompt_id": f"demo_{i}",
-            "chosen": [*messages, assistant(sentence(answer))],
-            "rejected": [*messages, assistant(answer)],
+            "chosen": [*row["messages"], assistant(sentence(row["answer"]))],
+            "rejected": [*row["messages"], assistant(row["answer"])],
         }
-        for i, (messages, answer, _) in enumerate(fresh(PAIRS))
+        for i, row in enumerate(itertools.islice(fresh, PAIRS))
     ]
     folder = Path(folder)
     (folder / "base").mkdir(parents=True, exist_ok=True)
