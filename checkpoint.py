@@ -78,23 +78,23 @@ def weight_files(folder):
         has_bin = any(folder.glob("pytorch_model*.bin"))
         raise InputError(f"{folder}: no model.safetensors{converted if has_bin else ''}")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of safetensors ({error!r})") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file, but {index.name} names it")
-    return [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, but {index.name} names it")
+    return paths
 
 
-def load_hf(model, folder, device):
-    """Fill `model`, built on the meta device and sharded or not, with the weights of an HF folder.
+def load_hf(model, folder):
+    """Fill `model`, sharded or not, with the weights of an HF folder.
 
     Each rank reads its own rows of each tensor and nothing else; the file is opened anew for each,
     so that no more than one tensor's pages of it are in memory.
     """
     files = find_tensors(model, folder)
-    model.to_empty(device=device)
     for name, parameter in model.named_parameters():
         local, first = local_rows(parameter.detach())
         with safe_open(files[name], "pt") as file:
@@ -241,7 +241,7 @@ def save_run(folder, step, model, optimizer, keep):
     raise_together(failure, f"{place}: the checkpoint could not be saved")
 
 
-def resume_run(folder, model, optimizer, device):
+def resume_run(folder, model, optimizer):
     """Load the newest whole checkpoint, if any; the number of updates it holds, else 0.
 
     A damaged one is named in a warning and the one before it is used. Model and optimizer may be
@@ -256,7 +256,6 @@ def resume_run(folder, model, optimizer, device):
                     flush=True,
                 )
             continue
-        model.to_empty(device=device)
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
         dcp.load(state, checkpoint_id=place)

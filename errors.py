@@ -24,6 +24,8 @@ def reported():
     """Turn an `InputError`, or a file the system refuses, into `error: …` and exit status 2."""
     try:
         yield
+    except BrokenPipeError:  # whoever read our output (`| head`) has had enough
+        os._exit(0)
     except (InputError, RunError, OSError) as error:
         # Most errors strike every rank alike: rank 0 speaks, and torchrun ends the others while
         # they wait. An error that is one rank's alone is said after the wait.

@@ -25,6 +25,8 @@ def start():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    if dist.is_initialized():  # by a caller that runs more than one thing in a process
+        return rank, world, device
     launched = "RANK" in os.environ
     if launched:
         die_with_parent()
@@ -46,10 +48,11 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def shard(model, dtype, recompute=False, compile=False):
-    """Wrap a model (on the meta device) in FSDP2, block by block; it is changed in place.
+def shard(model, device, dtype, recompute=False, compile=False):
+    """Wrap a model built on the meta device in FSDP2, block by block, in place.
 
-    Master weights, gradients and their reduction are fp32; `dtype` is what the blocks compute in.
+    Each rank then has memory, not filled yet, for its own slices alone. Master weights, gradients
+    and their reduction are fp32; `dtype` is what the blocks compute in.
     """
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     # One rank has nothing to gather a second time for backward.
@@ -60,8 +63,10 @@ def shard(model, dtype, recompute=False, compile=False):
         if compile:
             block.forward = torch.compile(block.forward, dynamic=True)
         fully_shard(block, **options)
-    # The rest (embedding, last norm, head) is one group, gathered for the whole forward pass.
-    fully_shard(model, **options)
+    # The rest (embedding, last norm, head) is one group. It stays gathered from the forward pass to
+    # the backward pass, which begins with the head.
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    model.to_empty(device=device)
 
 
 def sum_over_ranks(values, device):

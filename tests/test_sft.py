@@ -1,0 +1,122 @@
+"""sft.py as its users start it, against a plain transformers + torch loop."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import update_members
+from training import learning_rate
+
+ROOT = Path(__file__).parent.parent
+
+
+def sft(*flags, ranks=None):
+    """Run sft.py, under torchrun where `ranks` is given; its standard output."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, "sft.py", *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[:2000]
+    return done.stdout
+
+
+def updates(out):
+    """The records of the updates in metrics.jsonl."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "step" in record]
+
+
+def encode_by_prefix(tokenizer, messages):
+    """Ids and loss mask of a conversation as EasyLM found them: by tokenising prefixes."""
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    mask = np.zeros(len(ids), bool)
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(
+                messages[:k], add_generation_prompt=True, return_dict=False
+            )
+            after = tokenizer.apply_chat_template(messages[: k + 1], return_dict=False)
+            mask[len(before) : len(after)] = True
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, conversations, tmp_path):
+    """Losses, gradient norms and final weights, with warm-up and a clip that bites."""
+    flags = ["--model", base, "--data", conversations, "--out", tmp_path, "--batch-size", 7]
+    flags += ["--epochs", 4, "--max-steps", 3, "--lr", 1e-3, "--warmup-ratio", 0.2, "--clip", 0.5]
+    sft(*flags, "--weight-decay", 0.1, "--micro-tokens", 1500, ranks=2)
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    records = [json.loads(line) for line in Path(conversations).read_text().splitlines()]
+    examples = [encode_by_prefix(tokenizer, record["messages"]) for record in records]
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    total = 4 * (len(examples) // 7)
+    for step, record in enumerate(updates(tmp_path)):
+        _, members = update_members(len(examples), 7, seed=42, step=step)
+        trained = sum(int(examples[i][1].sum()) for i in members)
+        loss = 0
+        for i in members:
+            ids, mask = examples[i]
+            logits = model(ids[None]).logits[0, :-1]
+            nll = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            loss = loss + nll[mask[1:]].sum() / trained
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, 1e-3, 0.2)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert record["trained_tokens"] == trained
+        # fp32 sums of some thousand terms in another order.
+        assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    assert len(updates(tmp_path)) == 3
+    saved = load_file(tmp_path / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        # bf16 keeps 8 bits, so rounding may differ by 2^-8. Adam divides a gradient by its own
+        # size: where that is rounding noise, an update moves a weight by part of the rate.
+        torch.testing.assert_close(saved[name].float(), parameter.data, rtol=2**-7, atol=3e-4)
+
+
+def test_rows_and_ranks_change_nothing_but_rounding(base, conversations, tmp_path):
+    """One row or many, one rank or four (some of them idle): the same losses and norms."""
+    flags = ["--model", base, "--data", conversations, "--batch-size", 6, "--max-steps", 3]
+    flags += ["--lr", 1e-3, "--out"]
+    sft(*flags, tmp_path / "one", "--micro-tokens", 16384)
+    sft(*flags, tmp_path / "many", "--micro-tokens", 1400)
+    sft(*flags, tmp_path / "ranks", "--micro-tokens", 1500, ranks=4)
+    one = updates(tmp_path / "one")
+    for other in (updates(tmp_path / "many"), updates(tmp_path / "ranks")):
+        for a, b in zip(one, other, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+            for name in ("trained_tokens", "tokens", "lr", "epoch"):
+                assert a[name] == b[name]
+
+
+def test_eight_conversations_are_memorised(base, conversations, tmp_path):
+    """A model that sees the same eight conversations again and again gets them right."""
+    data = tmp_path / "eight.jsonl"
+    data.write_text("".join(Path(conversations).read_text().splitlines(True)[:8]))
+    sft("--model", base, "--data", data, "--out", tmp_path / "out", "--epochs", 150,
+        "--batch-size", 8, "--lr", 2e-2)  # fmt: skip
+    losses = [record["loss"] for record in updates(tmp_path / "out")]
+    assert losses[0] > 4 and losses[-1] < 0.1
+
+
+def test_recomputation_and_compile_change_nothing_but_rounding(base, conversations, tmp_path):
+    """The same losses with activations made twice, and with every block compiled."""
+    flags = ["--model", base, "--data", conversations, "--batch-size", 4, "--max-steps", 2]
+    flags += ["--lr", 1e-3, "--out"]
+    sft(*flags, tmp_path / "plain")
+    sft(*flags, tmp_path / "both", "--recompute", "--compile")
+    for a, b in zip(updates(tmp_path / "plain"), updates(tmp_path / "both"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
