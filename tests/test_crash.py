@@ -32,9 +32,10 @@ SFT = Path(sft.__file__)
 RECIPE = {"epochs": 4, "batch_size": 8, "lr": 1e-2, "warmup_ratio": 0.1}
 LAST = 12
 
-# Every run that comes to harm is a process of its own, forked from one that has imported sft.py.
+# Every run that comes to harm is a process of its own, forked from one that has imported sft.py
+# (and torch._dynamo, which making a model imports: half of such a run's time).
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sft"])
+FORKS.set_forkserver_preload(["sft", "torch._dynamo"])
 
 
 @pytest.fixture
@@ -566,13 +567,13 @@ def test_workers_end_with_their_builder(base, conversations, tmp_path, number):
 
 
 def sessions(leader):
-    """The processes of the session of `leader`, itself aside."""
+    """The living processes of the session of `leader`, itself aside."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             pid, rest = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(rest[3]) == leader and pid != leader:
+        if rest[0] != "Z" and int(rest[3]) == leader and pid != leader:
             found.append(pid)
     return found
