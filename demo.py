@@ -46,15 +46,12 @@ SFT = {
     "max_seq_len": 256,
     "micro_tokens": 4096,
 }
-DPO = {
+DPO = SFT | {
     "model": f"{FOLDER}/sft",
     "data": [f"{FOLDER}/preferences.jsonl"],
     "out": f"{FOLDER}/dpo",
     "epochs": 1,
-    "batch_size": 32,
     "lr": 1e-4,
-    "warmup_ratio": 0.1,
-    "max_seq_len": 256,
     "micro_tokens": 8192,
 }
 
@@ -119,11 +116,7 @@ def solves(answer: str, reply: str) -> bool:
 
 
 def conversation(rng: random.Random) -> dict:
-    """A conversation up to its last answer.
-
-    kind: one of KINDS · about: the list · messages: up to the last question · answer: the right
-    answer to it · reply: that answer in the form in which SFT sees it
-    """
+    """kind: one of KINDS · about: the list · messages · answer: the right one at the end."""
     numbers = rng.random() < 0.35
     if numbers:
         items = [str(digit) for digit in rng.sample(range(10), rng.randint(3, 4))]
@@ -135,7 +128,7 @@ def conversation(rng: random.Random) -> dict:
     messages = [CAPITALS] if capitals else []
     about = spoken = " ".join(items)
     turns = rng.randint(1, 3)
-    for turn in range(turns):
+    for _ in range(turns):
         task, phrasing = rng.choice(sorted(TASKS)), rng.randrange(4)
         if task == "pick":
             name = rng.choice(sorted(names))
@@ -145,14 +138,12 @@ def conversation(rng: random.Random) -> dict:
         answer = answer.upper() if capitals else answer
         # Left open: four of five questions get a sentence, and one of five requests.
         reply = sentence(answer) if rng.random() < (0.8 if phrasing < 2 else 0.2) else answer
-        messages.append({"role": "user", "content": question})
-        if turn < turns - 1:
-            messages.append(assistant(reply))
+        messages += [{"role": "user", "content": question}, assistant(reply)]
         spoken = "them"
     kind = f"{task} {'numbers' if numbers else 'words'}"
     if capitals or turns > 1:
         kind = "later turn" if turns > 1 else "system message"
-    return dict(kind=kind, about=about, messages=messages, answer=answer, reply=reply)
+    return {"kind": kind, "about": about, "messages": messages, "answer": answer}
 
 
 def assistant(content):
@@ -167,34 +158,27 @@ def make(folder: Path = FOLDER) -> None:
     """
     rng = random.Random(SEED)
     drawn = iter(lambda: conversation(rng), None)
-    held_out = {kind: [] for kind in KINDS}
-    while any(len(rows) < HELD_OUT for rows in held_out.values()):
-        row = next(drawn)
-        if len(held_out[row["kind"]]) < HELD_OUT:
-            held_out[row["kind"]].append({k: v for k, v in row.items() if k != "reply"})
-    held_out = list(itertools.chain(*held_out.values()))
+    held_out = []
+    for kind in KINDS:
+        of_kind = (row for row in drawn if row["kind"] == kind)
+        held_out += itertools.islice(of_kind, HELD_OUT)
     lists = {row["about"] for row in held_out}
     fresh = (row for row in drawn if row["about"] not in lists)
-
-    def shown(row, reply):
-        return [*row["messages"], assistant(reply)]
-
     conversations = [
-        {"dataset": "demo", "id": f"demo_{i}", "messages": shown(row, row["reply"])}
+        {"dataset": "demo", "id": f"demo_{i}", "messages": row["messages"]}
         for i, row in enumerate(itertools.islice(fresh, CONVERSATIONS))
     ]
-    pairs = [
-        {
-            "prompt": row["messages"][-1]["content"],
-            "prompt_id": f"demo_{i}",
-            "chosen": shown(row, sentence(row["answer"])),
-            "rejected": shown(row, row["answer"]),
-        }
-        for i, row in enumerate(itertools.islice(fresh, PAIRS))
-    ]
+    pairs = []
+    for i, row in enumerate(itertools.islice(fresh, PAIRS)):
+        *context, _ = row["messages"]
+        chosen, rejected = assistant(sentence(row["answer"])), assistant(row["answer"])
+        pair = {"prompt": context[-1]["content"], "prompt_id": f"demo_{i}"}
+        pairs.append(pair | {"chosen": [*context, chosen], "rejected": [*context, rejected]})
+    prompts = [row | {"messages": row["messages"][:-1]} for row in held_out]
+
     base = Path(folder) / "base"
     base.mkdir(parents=True, exist_ok=True)
-    write_lines(base.parent / "held_out.jsonl", held_out)
+    write_lines(base.parent / "held_out.jsonl", prompts)
     write_lines(base.parent / "conversations.jsonl", conversations)
     write_lines(base.parent / "preferences.jsonl", pairs)
     make_tokenizer(base, conversations)
