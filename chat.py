@@ -189,7 +189,10 @@ def save_tokenizer(tokenizer, source, folder):
 
 
 def fast_tokenizer(tokenizer, path):
-    """The content of tokenizer.json: the base's, or made from tokenizer.model."""
+    """The content of tokenizer.json: the base's, or made from tokenizer.model.
+
+    path: the base's, which may be absent; raises `InputError` where it is of another kind.
+    """
     scores = piece_scores(tokenizer.sp)
     splits = [
         [piece[:cut], piece[cut:]]
@@ -199,10 +202,13 @@ def fast_tokenizer(tokenizer, path):
     ]
     merges = sorted(splits, key=lambda pair: merge_rank(pair, scores))
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content["model"]["merges"]
-        found = [pair.split(" ") if isinstance(pair, str) else pair for pair in found]
-        ranks = [merge_rank(pair, scores) for pair in found]
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = content["model"]["merges"]
+            found = [pair.split(" ") if isinstance(pair, str) else pair for pair in found]
+            ranks = [merge_rank(pair, scores) for pair in found]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not a BPE tokenizer of Llama's kind ({error!r})") from None
         if ranks != sorted(ranks):  # as transformers 5 makes it from tokenizer.model: by id
             content["model"]["merges"] = merges
         return content

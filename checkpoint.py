@@ -78,13 +78,14 @@ def weight_files(folder):
         has_bin = any(folder.glob("pytorch_model*.bin"))
         raise InputError(f"{folder}: no model.safetensors{converted if has_bin else ''}")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not an index of safetensors ({error!r})") from None
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name}: no such file, but {index.name} names it")
-    return [folder / name for name in names]
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, but {index.name} names it")
+    return paths
 
 
 def load_hf(model, folder):

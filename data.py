@@ -139,24 +139,27 @@ def encode_pair(record, tokenizer):
     return encoded
 
 
+def shown(value):
+    """The beginning of a value for an error; parquet also holds what JSON cannot say."""
+    return json.dumps(value, default=repr)[:40]
+
+
 def check_messages(messages, name):
     """Raise `ValueError` unless `messages` is a list of roles and contents; `name` is its field."""
     if not isinstance(messages, list) or not messages:
-        found = "nothing" if messages is None else json.dumps(messages)[:40]
+        found = "nothing" if messages is None else shown(messages)
         raise ValueError(f"{name} is {found}, expected a list of messages")
     for k, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise ValueError(f"{name}[{k}] is {json.dumps(message)[:40]}, expected an object")
+            raise ValueError(f"{name}[{k}] is {shown(message)}, expected an object")
         if message.get("role") not in ROLES:
             raise ValueError(
-                f"{name}[{k}].role is {json.dumps(message.get('role'))}, expected one of "
+                f"{name}[{k}].role is {shown(message.get('role'))}, expected one of "
                 + ", ".join(ROLES)
             )
         content = message.get("content")
         if not isinstance(content, str):
-            raise ValueError(
-                f"{name}[{k}].content is {json.dumps(content)[:40]}, expected a string"
-            )
+            raise ValueError(f"{name}[{k}].content is {shown(content)}, expected a string")
         try:
             content.encode()
         except UnicodeEncodeError as error:
@@ -271,9 +274,12 @@ class DataConfig:
 
 
 def main(flags):
+    from training import check_bounds  # it imports torch, which the workers need not
+
     config = DataConfig(**flags)
     if not config.model or not config.data:
         raise InputError("--model DIR and --data FILE are needed")
+    check_bounds(config)
     # Beside data that cannot be written to, the cache has no place to stay.
     with tempfile.TemporaryDirectory() as aside:
         documents = Documents(
@@ -349,6 +355,6 @@ def highlight(tokenizer, ids, trained):
 
 if __name__ == "__main__":
     with reported():
-        from training import parse_args  # it imports torch, which the workers need not
+        from training import parse_args
 
         main(parse_args(DataConfig))

@@ -11,12 +11,8 @@ Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; Ivison et al. 2023 
 appendix B; EasyLM llama_train_dpo.py.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import math
-import os
 import sys
 import time
 from dataclasses import dataclass
@@ -29,30 +25,21 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import demo
-from chat import Tokenizer
-from checkpoint import (
-    digest,
-    find_tensors,
-    load_hf,
-    own_share,
-    resume_run,
-    save_hf,
-    save_run,
-    weight_files,
-)
+from chat import Tokenizer, fast_tokenizer
+from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
     check_micro_tokens,
     encode_pair,
-    pack_row,
     plan_rows,
     update_count,
     update_members,
 )
 from errors import RunError, reported
+from logps import answer_logps, reference_logps
 from model import Llama, LlamaConfig
-from parallel import gather_lists, shard, start, sum_over_ranks, watch_signals
-from run_folder import append_record, check_output, keep_records, lock_output
+from parallel import shard, start, sum_over_ranks, watch_signals
+from run_folder import append_record, check_output, lock_output, start_records
 from training import (
     check_finite,
     check_flags,
@@ -119,20 +106,6 @@ def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
 
 
-def answer_logps(model, documents, pairs, device):
-    """Summed log-probability (n, 2) of the chosen and the rejected answer of each of n pairs.
-
-    The 2n documents are one packed row. Differentiable; the reference is computed by this, too.
-    """
-    members = [2 * pair + side for pair in pairs for side in (0, 1)]
-    arrays = pack_row([documents[i] for i in members])
-    nll = model(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()})  # (N,)
-    # An empty row has no pairs, but its (empty) nll must reach backward on this rank, too.
-    answers = nll.split(documents.trained_counts[members].tolist())
-    logps = [-answer.sum() for answer in answers]
-    return torch.stack(logps).view(-1, 2) if logps else nll.new_zeros(0, 2) + nll.sum()
-
-
 def metric_sums(loss, chosen_rewards, rejected_rewards, logps):
     """Sums over pairs of `METRICS`, fp64, in their order."""
     margins = chosen_rewards - rejected_rewards
@@ -161,65 +134,6 @@ def identical_answers(documents):
     return sum(np.array_equal(documents[2 * i][0], documents[2 * i + 1][0]) for i in pairs)
 
 
-@torch.no_grad()
-def reference_logps(model, documents, config, device):
-    """Log-probabilities (n, 2) fp64 of the answers under the model as it is now, before training.
-
-    The same code, packing and precision as the policy's. They are kept beside the data or, where
-    that folder cannot be written, in the output folder, every thousand pairs: a computation that
-    was cut short goes on, and a second run needs none.
-    """
-    rank, world = dist.get_rank(), dist.get_world_size()
-    lengths = documents.lengths.reshape(-1, 2).sum(1)  # (n,) tokens of a pair
-    paths = reference_files(documents, config)
-    logps = torch.full((len(lengths), 2), math.nan, dtype=torch.float64)
-    if rank == 0:
-        for path in paths:
-            with contextlib.suppress(OSError, ValueError):
-                logps.copy_(torch.from_numpy(np.load(path)))
-    dist.broadcast(logps, src=0)
-    bar = tqdm(total=len(lengths), desc="reference", unit="pair", leave=False, disable=rank > 0)
-    for begin in range(0, len(lengths), 1024):
-        pairs = np.arange(begin, min(begin + 1024, len(lengths)))
-        if logps[pairs].isnan().any():
-            own = torch.zeros(len(pairs), 2, dtype=torch.float64)
-            hidden_size = model.config.hidden_size
-            for row in plan_rows(lengths[pairs], world, config.micro_tokens, hidden_size)[rank]:
-                own[row] = answer_logps(model, documents, pairs[row], device).double().cpu()
-            dist.all_reduce(own)  # each pair is one rank's, and zero on the others
-            logps[pairs] = own
-            if rank == 0:
-                save_aside(paths, logps)
-        bar.update(len(pairs))
-    bar.close()
-    return logps
-
-
-def reference_files(documents, config):
-    """Where the reference may be kept, under a hash of all that decides it."""
-    folder = Path(config.model)
-    digests = {path.name: digest(path) for path in own_share(weight_files(folder))}
-    weights = sorted(gather_lists(list(digests.items())))
-    facts = [weights, documents.key, config.max_seq_len, config.dtype]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    name = f"{documents.paths[0].name}.reference-{key}.npy"
-    return [documents.paths[0].parent / name, Path(config.out) / name]
-
-
-def save_aside(paths, logps):
-    """Write the reference to the first of `paths` that can be written, whole or not at all."""
-    for path in paths:
-        aside = path.with_name(path.name + ".partial")
-        try:
-            with open(aside, "wb") as file:
-                np.save(file, logps.numpy())
-            os.replace(aside, path)
-            return
-        except OSError as error:
-            refusal = error
-    raise refusal
-
-
 def main(flags):
     rank, world, device = start()
     say = print if rank == 0 else lambda *_: None
@@ -233,6 +147,7 @@ def main(flags):
     model_config = LlamaConfig.from_folder(config.model)
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
+    fast_tokenizer(tokenizer, Path(config.model) / "tokenizer.json")  # it is needed at the end
     with torch.device("meta"):
         model = Llama(model_config)
     find_tensors(model, config.model)
@@ -243,8 +158,8 @@ def main(flags):
     check_micro_tokens(documents, config.micro_tokens)
     run["data"] = documents.key
     if rank == 0:
-        check_output(out, run, model, config.save_every)
         lock = lock_output(out)  # noqa: F841, held until this process ends
+        check_output(out, run, model, config.save_every)  # again: what the lock's last holder left
 
     pair_lengths = documents.lengths.reshape(-1, 2).sum(1)  # (n,) tokens of both documents
     per_epoch, total = update_count(len(pair_lengths), config.batch_size, config.epochs)
@@ -256,9 +171,9 @@ def main(flags):
     references = reference_logps(model, documents, config, device)  # (n, 2)
     first = resume_run(out, model, optimizer)
     if rank == 0:
-        keep_records(metrics, first)
         record = {"event": "start", "config": dataclasses.asdict(config)}
-        append_record(metrics, record | {"environment": environment(device, world), "run": run})
+        record |= {"environment": environment(device, world), "run": run}
+        start_records(metrics, first, record)
     say(documents.summary())
     say(f"{identical_answers(documents):,} pairs of identical answers")
     if len(pair_lengths) < config.batch_size:

@@ -15,6 +15,7 @@ Shapes, here and in every other file:
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class LlamaConfig:
             value = values.get(name)
             value = default if value is None else value
             allowed = int if kind is int else (int, float)
-            if not isinstance(value, allowed) or isinstance(value, bool) or not value > 0:
+            if not isinstance(value, allowed) or value is True or not 0 < value < math.inf:
                 expected = "positive integer" if kind is int else "positive number"
                 raise InputError(f"{path}: {name} is {value!r}, expected a {expected}")
             return kind(value)
@@ -118,6 +119,7 @@ def refuse_what_is_not_implemented(values, path):
         ("hidden_act", values.get("hidden_act", "silu"), ("silu",)),
         ("attention_bias", values.get("attention_bias", False), (False, None)),
         ("mlp_bias", values.get("mlp_bias", False), (False, None)),
+        ("tie_word_embeddings", values.get("tie_word_embeddings"), (False, True, None)),
         ("attention_dropout", values.get("attention_dropout", 0.0), (0, None)),
         ("rope_parameters.rope_type", kind, ("default",)),
         ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
@@ -125,7 +127,8 @@ def refuse_what_is_not_implemented(values, path):
         ("quantization_config", values.get("quantization_config"), (None,)),
     ):
         if found not in implemented:
-            raise InputError(f"{path}: {name} is {found!r}, only {implemented[0]!r} is implemented")
+            known = " or ".join(repr(value) for value in implemented if value is not None)
+            raise InputError(f"{path}: {name} is {found!r}, only {known or None} is implemented")
 
 
 class Llama(nn.Module):

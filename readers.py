@@ -93,7 +93,7 @@ def read_parquet(path):
         for batch in file.iter_batches(BATCH_RECORDS):
             yield first, batch.to_pylist(), (first - 1 + batch.num_rows) / rows
             first += batch.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: not a readable parquet file ({error})") from None
 
 

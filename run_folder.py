@@ -10,7 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
-from errors import InputError
+from errors import InputError, RunError
 
 
 def check_output(folder, run, model, save_every):
@@ -23,15 +23,18 @@ def check_output(folder, run, model, save_every):
     folder = Path(folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     needed = parameters * (14 if save_every else 2)
-    for name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
+    log = folder / "metrics.jsonl"
+    # A run that was killed while its model moved in has weights there, but no config.json yet.
+    weights = () if log.exists() else ("model.safetensors", "model.safetensors.index.json")
+    for name in ("config.json", *weights):
         if (folder / name).exists():
             raise InputError(
                 f"--out {folder}: holds a finished run or a model ({name}), expected a "
                 "new folder or an interrupted run's"
             )
-    log = folder / "metrics.jsonl"
     if log.exists():
-        recorded = next(iter(read_records(log)), {}).get("run", {})
+        recorded = next(iter(read_records(log)), {}).get("run")
+        recorded = recorded if isinstance(recorded, dict) else {}
         for name, value in run.items():
             if recorded.get(name) != value:
                 raise InputError(
@@ -73,31 +76,39 @@ def lock_output(folder, patience=15):
             return lock
 
 
+def start_records(path, steps, record):
+    """Begin metrics.jsonl with the start record, or go on with it after the update `steps`.
+
+    The records of later updates, which a resumed run makes again, are dropped.
+    """
+    kept = [r for r in read_records(path) if r.get("step", 0) <= steps] if path.exists() else []
+    aside = path.with_name(path.name + ".partial")
+    write_records(aside, "w", [*kept, record])
+    os.replace(aside, path)
+
+
 def append_record(path, record):
     """Add one line to metrics.jsonl."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    write_records(path, "a", [record])
 
 
-def keep_records(path, steps):
-    """Drop the records of updates after `steps`, which a resumed run makes again."""
-    if not path.exists():
-        return
-    kept = [r for r in read_records(path) if r.get("step", 0) <= steps]
-    aside = path.with_name(path.name + ".partial")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def write_records(path, mode, records):
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            if mode == "w":
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"{path}: the log could not be written ({error.strerror})") from None
 
 
 def read_records(path):
     """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
             break
     return records

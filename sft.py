@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import demo
-from chat import Tokenizer
+from chat import Tokenizer, fast_tokenizer
 from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
@@ -36,7 +36,7 @@ from data import (
 from errors import reported
 from model import Llama, LlamaConfig
 from parallel import shard, start, sum_over_ranks, watch_signals
-from run_folder import append_record, check_output, keep_records, lock_output
+from run_folder import append_record, check_output, lock_output, start_records
 from training import (
     check_finite,
     check_flags,
@@ -96,6 +96,7 @@ def main(flags):
     model_config = LlamaConfig.from_folder(config.model)
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
+    fast_tokenizer(tokenizer, Path(config.model) / "tokenizer.json")  # it is needed at the end
     with torch.device("meta"):
         model = Llama(model_config)
     find_tensors(model, config.model)
@@ -106,8 +107,8 @@ def main(flags):
     check_micro_tokens(documents, config.micro_tokens)
     run["data"] = documents.key
     if rank == 0:
-        check_output(out, run, model, config.save_every)
         lock = lock_output(out)  # noqa: F841, held until this process ends
+        check_output(out, run, model, config.save_every)  # again: what the lock's last holder left
 
     per_epoch, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
@@ -117,10 +118,9 @@ def main(flags):
     if first == 0:
         load_hf(model, config.model)
     if rank == 0:
-        keep_records(metrics, first)
-        environment_record = environment(device, world)
         record = {"event": "start", "config": dataclasses.asdict(config)}
-        append_record(metrics, record | {"environment": environment_record, "run": run})
+        record |= {"environment": environment(device, world), "run": run}
+        start_records(metrics, first, record)
     say(documents.summary())
     if len(documents) < config.batch_size:
         say(f"warning: --batch-size {config.batch_size} is more than that: one update an epoch")

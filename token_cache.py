@@ -53,12 +53,14 @@ def token_cache(path, model_folder, encode_record, fallback=None):
             refusal = error
             continue
         with lock:
-            arrays = open_cache(place)  # by whoever held the lock before us
-            if arrays is None:
-                make_cache(place, path, model_folder, encode_record)
-                arrays = open_cache(place)
-            with contextlib.suppress(OSError):
-                os.unlink(lock.name)
+            try:
+                arrays = open_cache(place)  # by whoever held the lock before us
+                if arrays is None:
+                    make_cache(place, path, model_folder, encode_record)
+                    arrays = open_cache(place)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.unlink(lock.name)
         return arrays, key
     raise InputError(f"{refusal.filename}: {refusal.strerror}, and the token cache needs a place")
 

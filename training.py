@@ -50,6 +50,7 @@ BOUNDS = {
     "save_every": (0, math.inf),
     "keep": (1, math.inf),
     "seed": (0, 2**63),
+    "show": (0, math.inf),
 }
 # How a run is carried out; it may be continued with other values. (The model is compared by its
 # real path, the data by their content.)
@@ -100,7 +101,16 @@ def parse_args(config_class, argv=None):
 
 
 def check_flags(config):
-    """Raise `InputError` for a flag whose value makes no sense."""
+    """Raise `InputError` for a flag of sft.py or dpo.py whose value makes no sense."""
+    check_bounds(config)
+    if config.dtype not in ("bfloat16", "float32"):
+        raise InputError(f"--dtype is {config.dtype}, expected bfloat16 or float32")
+    if (config.model is None) != (config.data is None):
+        raise InputError("--model and --data go together (with neither, the demo runs)")
+
+
+def check_bounds(config):
+    """Raise `InputError` for a flag of any script that is out of its `BOUNDS`."""
     for name, value in dataclasses.asdict(config).items():
         if name not in BOUNDS:
             continue
@@ -111,10 +121,6 @@ def check_flags(config):
             if name in EXCLUDED:
                 expected += f", {EXCLUDED[name]} excluded"
             raise InputError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
-    if config.dtype not in ("bfloat16", "float32"):
-        raise InputError(f"--dtype is {config.dtype}, expected bfloat16 or float32")
-    if (config.model is None) != (config.data is None):
-        raise InputError("--model and --data go together (with neither, the demo runs)")
 
 
 def resolve(config, device):
