@@ -58,9 +58,13 @@ class Tokenizer:
     def check_like_llama(self):
         """Raise where the model lacks a property that `encode` relies on."""
         space, sample = self.sp.piece_to_id("▁"), "  ａ ﬁ\t\r  é "
+        scores = piece_scores(self.sp)
         for problem, found in (
             ("has no BOS or no EOS", min(self.bos_id, self.eos_id) < 0),
             ("has no byte fallback", not self.sp.is_byte(self.line_feed)),
+            ("has pieces with a line feed in them", any("\n" in piece for piece in scores)),
+            # BPE scores a piece by the number of its merge, a unigram model by a log-probability.
+            ("is not BPE", any(score % 1 for score in scores.values())),
             ("does not begin a text with '▁'", self.sp.encode("\n") != [space, self.line_feed]),
             ("normalises its input", self.sp.decode(self.sp.encode(sample)) != sample),
         ):
@@ -206,10 +210,12 @@ def fast_tokenizer(tokenizer, path):
             content = json.loads(path.read_text(encoding="utf-8"))
             found = content["model"]["merges"]
             found = [pair.split(" ") if isinstance(pair, str) else pair for pair in found]
-            ranks = [merge_rank(pair, scores) for pair in found]
+            # Only the scores have to be in order: Llama 2's own file ranks the splits of one piece
+            # otherwise than `merge_rank`, to no effect. transformers 5 ranks by id, to ill effect.
+            ranks = [merge_rank(pair, scores)[0] for pair in found]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a BPE tokenizer of Llama's kind ({error!r})") from None
-        if ranks != sorted(ranks):  # as transformers 5 makes it from tokenizer.model: by id
+        if ranks != sorted(ranks) or len(found) != len(merges):
             content["model"]["merges"] = merges
         return content
     sp, bos = tokenizer.sp, tokenizer.sp.id_to_piece(tokenizer.bos_id)

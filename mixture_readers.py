@@ -1,7 +1,7 @@
 """Finds data files and yields their records, one at a time, each with its place for messages.
 
-Memory holds a record and a buffer, never the file: JSON lines (plain or gzip), a JSON list, parquet
-(`pyarrow` is imported there and only there), CSV with a header. A leaf of `mixture.py`.
+What readers.py reads, one record at a time, and CSV with a header. Memory holds a record and a
+buffer, never the file. A leaf of `mixture.py`.
 """
 
 import codecs
@@ -11,19 +11,16 @@ import gzip
 import io
 import itertools
 import json
-import re
 import zlib
 from pathlib import Path
 
 from errors import InputError
+from readers import list_items, parquet
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
-CHUNK = 1 << 20  # bytes read at once
-LONGEST = 64 << 20  # characters; a record of a list that does not end by then counts as broken
 BLANK = object()  # stands for an empty line, which has a number but no record
 UNREADABLE = (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile, csv.Error)
 BOM = codecs.BOM_UTF8  # some editors put it at the beginning of a file
-SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def records(path):
@@ -80,79 +77,6 @@ def items(path):
                 yield row
         else:
             raise InputError(f"{path}: expected a file name that ends in {', '.join(ENDINGS)}")
-
-
-@contextlib.contextmanager
-def parquet(path):
-    """The parquet file, opened to be read in small pieces."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{path}: to read parquet, install the package pyarrow") from None
-    try:
-        # `pre_buffer`, pyarrow's default, would hold a whole row group, and that may be the file:
-        # for one like Open-Orca's it took 1 GB instead of 142 MiB.
-        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as table:
-            yield table
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not readable as parquet: {error}") from None
-
-
-def list_items(file, chunk: int = CHUNK):
-    """The objects of one top-level JSON list, parsed one by one out of a growing buffer.
-
-    Where an object does not parse, its end may only not have been read yet: the buffer grows, twice
-    as much every time so that the work stays linear, until it parses, or the file ends.
-    """
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    parse = json.JSONDecoder().raw_decode
-    text, at = "", 0
-
-    def more(size):
-        """Read on; False at the end of the file."""
-        nonlocal text, at
-        data = file.read(size)
-        text, at = text[at:] + decode(data, final=not data), 0
-        return bool(data)
-
-    def next_character():
-        """Skip white space; the character there, or "" at the end of the file."""
-        nonlocal at
-        while (at := SPACE.match(text, at).end()) == len(text):
-            if not more(chunk):
-                return ""
-        return text[at]
-
-    def expect(characters):
-        found = next_character()
-        if not found or found not in characters:
-            wanted = " or ".join(characters)
-            raise ValueError(f"expected {wanted}, found {found or 'the end of the file'}")
-        return found
-
-    expect("[")
-    at += 1
-    if next_character() == "]":
-        at += 1
-    else:
-        separator = ","
-        while separator == ",":
-            expect("{")
-            size = chunk
-            while True:
-                try:
-                    item, at = parse(text, at)
-                    break
-                except (ValueError, RecursionError):
-                    if len(text) - at > LONGEST or not more(size):
-                        raise
-                    size *= 2
-            yield item
-            separator = expect(",]")
-            at += 1
-    if next_character():
-        raise ValueError("more text after the end of the list")
 
 
 def find_files(raw: Path, chosen) -> dict[str, list[Path]]:

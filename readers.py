@@ -1,11 +1,15 @@
 """Data files, record by record: `.jsonl`, `.jsonl.gz`, `.json` (a list), `.parquet`, and folders.
 
-Lines are handed on as bytes and parsed by whoever encodes them (`parse`), so that reading a large
-file keeps every core busy. Every error names the file and the record.
+Memory holds a batch and a buffer, never the file. Lines are handed on as bytes and parsed by
+whoever encodes them (`parse`), so that reading a large file keeps every core busy. Every error
+names the file and the record.
 """
 
+import codecs
+import contextlib
 import gzip
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -13,6 +17,9 @@ from errors import InputError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 512
+CHUNK = 1 << 20  # bytes of a list or of parquet read at once
+LONGEST = 64 << 20  # characters; a record of a list that does not end by then counts as broken
+SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def data_files(paths):
@@ -68,33 +75,30 @@ def read_lines(path):
 
 
 def read_json_list(path):
-    try:
-        records = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{path}: not JSON ({error}), expected a list of records (one a line would be .jsonl)"
-        ) from None
-    if not isinstance(records, list):
-        raise InputError(f"{path}: found a JSON {type(records).__name__}, expected a list")
-    for start in range(0, len(records), BATCH_RECORDS):
-        batch = records[start : start + BATCH_RECORDS]
-        yield start + 1, batch, (start + len(batch)) / len(records)
+    size = max(path.stat().st_size, 1)
+    with open(path, "rb") as file:
+        first, batch = 1, []
+        try:
+            for record in list_items(file):
+                batch.append(record)
+                if len(batch) == BATCH_RECORDS:
+                    yield first, batch, file.tell() / size
+                    first, batch = first + len(batch), []
+        except (ValueError, RecursionError) as error:
+            raise InputError(
+                f"{path}:{first + len(batch)}: {error}; expected one JSON list of records (one a "
+                "line would be .jsonl)"
+            ) from None
+        if batch:
+            yield first, batch, 1.0
 
 
 def read_parquet(path):
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        first, rows = 1, max(file.metadata.num_rows, 1)
-        for batch in file.iter_batches(BATCH_RECORDS):
+    with parquet(path) as table:
+        first, rows = 1, max(table.metadata.num_rows, 1)
+        for batch in table.iter_batches(BATCH_RECORDS):
             yield first, batch.to_pylist(), (first - 1 + batch.num_rows) / rows
             first += batch.num_rows
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({error})") from None
 
 
 def parse(raw, path, number):
@@ -118,3 +122,76 @@ def parse(raw, path, number):
             f"{path}:{number}: found a JSON {type(record).__name__}, expected an object"
         )
     return record
+
+
+@contextlib.contextmanager
+def parquet(path):
+    """The parquet file, opened to be read in small pieces."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        # `pre_buffer`, pyarrow's default, would hold a whole row group, and that may be the file:
+        # for one like Open-Orca's it took 1 GB instead of 142 MiB.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({error})") from None
+
+
+def list_items(file, chunk: int = CHUNK):
+    """The objects of one top-level JSON list, parsed one by one out of a growing buffer.
+
+    Where an object does not parse, its end may only not have been read yet: the buffer grows, twice
+    as much every time so that the work stays linear, until it parses, or the file ends.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    parse = json.JSONDecoder().raw_decode
+    text, at = "", 0
+
+    def more(size):
+        """Read on; False at the end of the file."""
+        nonlocal text, at
+        data = file.read(size)
+        text, at = text[at:] + decode(data, final=not data), 0
+        return bool(data)
+
+    def next_character():
+        """Skip white space; the character there, or "" at the end of the file."""
+        nonlocal at
+        while (at := SPACE.match(text, at).end()) == len(text):
+            if not more(chunk):
+                return ""
+        return text[at]
+
+    def expect(characters):
+        found = next_character()
+        if not found or found not in characters:
+            wanted = " or ".join(characters)
+            raise ValueError(f"expected {wanted}, found {found or 'the end of the file'}")
+        return found
+
+    expect("[")
+    at += 1
+    if next_character() == "]":
+        at += 1
+    else:
+        separator = ","
+        while separator == ",":
+            expect("{")
+            size = chunk
+            while True:
+                try:
+                    item, at = parse(text, at)
+                    break
+                except (ValueError, RecursionError):
+                    if len(text) - at > LONGEST or not more(size):
+                        raise
+                    size *= 2
+            yield item
+            separator = expect(",]")
+            at += 1
+    if next_character():
+        raise ValueError("more text after the end of the list")

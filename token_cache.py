@@ -47,8 +47,7 @@ def token_cache(path, model_folder, encode_record, fallback=None):
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            lock = open(f"{place}.lock", "w")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock = open_locked(f"{place}.lock")
         except OSError as error:
             refusal = error
             continue
@@ -63,6 +62,17 @@ def token_cache(path, model_folder, encode_record, fallback=None):
                     os.unlink(lock.name)
         return arrays, key
     raise InputError(f"{refusal.filename}: {refusal.strerror}, and the token cache needs a place")
+
+
+def open_locked(path):
+    """The file `path`, open and locked; whoever holds it unlinks it before closing it."""
+    while True:
+        lock = open(path, "w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                return lock
+        lock.close()  # unlinked while we waited: others may hold a new file of that name
 
 
 def cache_key(path, model_folder, encode_record):
@@ -172,7 +182,8 @@ def in_order(encode, batches, size):
 def encode_batch(path, model_folder, encode_record, first, records):
     """Arrays (tokens, trained, index) of consecutive records; `first` is the first one's number."""
     tokenizer = loaded_tokenizer(model_folder)
-    tokens, trained, index = [], [], []
+    # Bytes, not numpy, where an array would be made for each record: a tenth of the time.
+    tokens, trained, index = bytearray(), bytearray(), []
     for number, raw in enumerate(records, first):
         if (record := parse(raw, path, number)) is None:
             continue
@@ -181,14 +192,16 @@ def encode_batch(path, model_folder, encode_record, first, records):
         except ValueError as error:
             raise InputError(f"{path}:{number}: {error}") from None
         for ids, mask in documents:
-            mask = np.array(mask, np.bool_)
-            tokens.append(np.array(ids, np.int32))
-            trained.append(mask)
-            turns = np.count_nonzero(mask[:-1] & ~mask[1:]) + mask[-1]  # ends of trained spans
-            index.append((len(ids), np.count_nonzero(mask), turns, number))
-    if not index:
-        return tuple(np.empty(0, dtype) for dtype in ARRAYS.values())
-    return np.concatenate(tokens), np.concatenate(trained), np.array(index, np.int64)
+            mask = bytes(mask)
+            tokens += np.fromiter(ids, np.int32, len(ids)).data
+            trained += mask
+            turns = mask.count(b"\1\0") + mask[-1]  # ends of trained spans
+            index.append((len(ids), mask.count(1), turns, number))
+    return (
+        np.frombuffer(tokens, np.int32),
+        np.frombuffer(trained, np.bool_),
+        np.array(index, np.int64).reshape(-1, 4),
+    )
 
 
 @functools.lru_cache

@@ -1,16 +1,51 @@
 """Causal attention inside each document of a packed row: on CPU through torch, on CUDA in Triton.
 
-The one call of model.py's `Attention`: queries, keys and values of a row of documents laid end to
-end go in, the heads' outputs come out. Grouped-query heads share their key/value head as it lies in
-memory; nothing is repeated.
+The one call of model.py's `Attention`: queries, keys and values of documents laid end to end go in,
+the outputs of the heads come out. Query heads of a group read their key/value head where it lies;
+nothing is repeated in memory. After FlashAttention (Dao et al. 2022, arXiv 2205.14135) and
+FlashAttention-2 (Dao 2023, arXiv 2307.08691).
 
 Shapes: T tokens of the row, H query heads, Hk key/value heads (H a multiple of Hk), D head size.
+
+Forward. For query i of one head, over the keys j of its document up to itself:
+
+    s_ij = q_i·k_j / sqrt(D)      p_ij = exp(s_ij) / Σ_j exp(s_ij)      o_i = Σ_j p_ij v_j      (1)
+
+Keys come tile by tile, with a running maximum m, sum l and unnormalised output a of row i:
+
+    m' = max(m, max_j s_ij)       r = exp(m - m')                                              (2)
+    l' = l r + Σ_j exp(s_ij - m')                a' = a r + Σ_j exp(s_ij - m') v_j             (3)
+
+After any tile l = Σ exp(s_ij - m) and a = Σ exp(s_ij - m) v_j over the keys so far: (3) adds the
+new terms and multiplies the old ones by r, which moves them from maximum m to m'. At the end a / l
+is (1), multiplied above and below by exp(-m): exact, and no exponent is positive. Of the softmax,
+backward needs only L_i = m + log l, since p_ij = exp(s_ij - L_i).
+
+Backward. Given dO, with (1) differentiated:
+
+    dv_j = Σ_i p_ij do_i          dp_ij = do_i·v_j                                             (4)
+    ds_ij = p_ij (dp_ij - D_i)    D_i = Σ_j p_ij dp_ij = do_i·Σ_j p_ij v_j = do_i·o_i          (5)
+    dq_i = Σ_j ds_ij k_j / sqrt(D)               dk_j = Σ_i ds_ij q_i / sqrt(D)                (6)
+
+The softmax's Jacobian needs all of row i only through D_i, and (5) takes D_i from the output. dk
+and dv sum over every query head that reads the key head. The code counts exponents to base 2.
+
+Cost of a document of n tokens, per query head, n²/2 pairs, 2-byte elements:
+
+                        FLOPs     bytes to memory, naive     fused
+    forward             2 n² D    4 n² (s and p, out, in)    8 n D   (q, k, v, o)
+    backward            5 n² D    6 n² (p, dp, ds)           14 n D  (q, k, v, o, do; dq, dk, dv)
+
+Naive, the n² terms rule from n = 2 D on. Here dq and dk, dv are made by two kernels that both
+recompute s and dp: 7 n² D, in return for sums without atomics, the same bits in every run.
 """
 
 import math
 from itertools import pairwise
 
 import torch
+import triton
+import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -20,13 +55,19 @@ def attention(q, k, v, doc_start, layout=None):
     q (T, H, D), k and v (T, Hk, D), doc_start (T,) int32 -> out (T, H, D) in the dtype of q. The
     softmax is in fp32. `layout` is `attention_layout(doc_start)`, made once for all layers.
     """
-    if layout is None:
-        layout = attention_layout(doc_start)
+    layout = attention_layout(doc_start) if layout is None else layout
+    if q.is_cuda:
+        return attention_triton(q, k, v, doc_start, layout)
     return attention_cpu(q, k, v, layout)
 
 
 def attention_layout(doc_start):
-    """What the implementation of this device needs to know of doc_start: the documents' lengths."""
+    """What attention needs besides doc_start, on CUDA doc_end (T,) int32, else a list of lengths.
+
+    Neither waits for the GPU: doc_start is sorted, so its own search gives where documents end.
+    """
+    if doc_start.is_cuda:
+        return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
     starts = (doc_start == torch.arange(len(doc_start))).nonzero()[:, 0].tolist()
     # An empty row is one document of no tokens, so that q, k and v still get their gradients.
     return [end - start for start, end in pairwise([*starts, len(doc_start)])] or [0]
@@ -57,3 +98,285 @@ def attention_cpu(q, k, v, lengths):
         out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
         documents.append(out[0].transpose(0, 1))
     return torch.cat(documents)
+
+
+# Kernels: a program owns a tile of queries (or keys) of one head and walks along the other side, so
+# every sum has one owner and a fixed order. A walk has two parts, one body compiled twice: tiles in
+# which every pair is seen, then the tiles on the diagonal or across a document's edge, with a mask.
+# Tiles lie on the row's grid, not the documents': as many as the tokens need, however short those.
+
+LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
+LOW = tl.constexpr(-1e30)  # the maximum of nothing: finite, because inf - inf is not
+DOT = tl.constexpr("ieee")  # fp32 inputs are multiplied in fp32, not in tf32
+PAD = tl.constexpr(128)  # lse and delta are (H, T rounded up to this): whole tiles, no masks
+
+
+@triton.jit
+def load_tile(base, start, T, STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
+    """Rows start, start + 1, … of a (T, D) matrix -> (ROWS, D rounded up to a power of 2).
+
+    Rows beyond T repeat the last: they are finite, and what they give is masked or never stored.
+    (A mask instead costs predicates, which at D = 128 spilled registers.) The start is added in 64
+    bits, the offsets within the tile in 32.
+    """
+    rows = tl.minimum(tl.arange(0, ROWS), T - 1 - start)[:, None]
+    columns = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows * STRIDE + columns)
+    if D == triton.next_power_of_2(D):
+        return tl.load(pointers)
+    return tl.load(pointers, mask=columns < D, other=0.0)
+
+
+@triton.jit
+def store_tile(base, tile, start, T, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Write the rows and columns of a tile that exist."""
+    rows = tl.arange(0, tile.shape[0])[:, None]
+    columns = tl.arange(0, tile.shape[1])[None, :]
+    pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows * STRIDE + columns)
+    mask = (start + rows < T) & (columns < D)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_of(statistic, head, start, T, ROWS: tl.constexpr):
+    """Pointers to start, start + 1, … of one head of lse or delta -> (ROWS,)."""
+    padded = tl.cdiv(T, PAD) * PAD
+    return statistic + tl.cast(head, tl.int64) * padded + start + tl.arange(0, ROWS)
+
+
+@triton.jit
+def keys_of(doc_start, first, T, BM: tl.constexpr, BN: tl.constexpr):
+    """Queries first, …, first + BM - 1 see keys low…high, of which low…full without a mask."""
+    low, high = tl.load(doc_start + first), tl.minimum(first + BM, T)
+    one_document = tl.load(doc_start + high - 1) == low
+    full = tl.where(one_document, low + (first - low) // BN * BN, low)
+    return low, full, high
+
+
+@triton.jit(do_not_specialize=["T"])
+def forward_kernel(
+    q, k, v, out, lse, doc_start, T,
+    H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """out (T, H, D) and lse of one tile of queries of one head, by (2) and (3)."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest walks start first
+    head = tl.program_id(1)
+    k += head // (H // Hk) * D
+    v += head // (H // Hk) * D
+    i = first + tl.arange(0, BM)
+    start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
+    q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
+    m = tl.full((BM,), LOW, tl.float32)
+    l = tl.zeros((BM,), tl.float32)  # noqa: E741
+    a = tl.zeros((BM, q_i.shape[1]), tl.float32)
+    low, full, high = keys_of(doc_start, first, T, BM, BN)
+    for MASKED in tl.static_range(2):
+        begin, end = (full, high) if MASKED else (low, full)
+        for j0 in tl.range(begin, end, BN):
+            k_j = load_tile(k, j0, T, Hk * D, D, BN)  # (BN, D)
+            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BM, BN)
+            if MASKED:
+                j = j0 + tl.arange(0, BN)
+                seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
+                s = tl.where(seen, s, -float("inf"))
+            m_new = tl.maximum(m, tl.max(s, axis=1))
+            r = tl.exp2(m - m_new)
+            p = tl.exp2(s - m_new[:, None])
+            l = l * r + tl.sum(p, axis=1)  # noqa: E741
+            v_j = load_tile(v, j0, T, Hk * D, D, BN)  # (BN, D)
+            a = tl.dot(p.to(v_j.dtype), v_j, a * r[:, None], input_precision=DOT)
+            m = m_new
+    store_tile(out + head * D, a / l[:, None], first, T, H * D, D)  # (BM, D)
+    tl.store(row_of(lse, head, first, T, BM), m + tl.log2(l))  # (BM,)
+
+
+@triton.jit(do_not_specialize=["T"])
+def delta_kernel(out, d_out, delta, T, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
+    """delta: D_i = do_i·o_i of (5)."""
+    first, head = tl.program_id(0) * BM, tl.program_id(1)
+    o_i = load_tile(out + head * D, first, T, H * D, D, BM)  # (BM, D)
+    do_i = load_tile(d_out + head * D, first, T, H * D, D, BM)  # (BM, D)
+    delta_i = tl.sum(o_i.to(tl.float32) * do_i.to(tl.float32), axis=1)
+    tl.store(row_of(delta, head, first, T, BM), delta_i)  # (BM,)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_q_kernel(
+    q, k, v, d_out, lse, delta, dq, doc_start, T,
+    H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dq (T, H, D) of one tile of queries of one head, on the walk of `forward_kernel`."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    head = tl.program_id(1)
+    k += head // (H // Hk) * D
+    v += head // (H // Hk) * D
+    i = first + tl.arange(0, BM)
+    start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
+    q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
+    do_i = load_tile(d_out + head * D, first, T, H * D, D, BM)  # (BM, D)
+    lse_i = tl.load(row_of(lse, head, first, T, BM))  # (BM,)
+    delta_i = tl.load(row_of(delta, head, first, T, BM))  # (BM,)
+    dq_i = tl.zeros((BM, q_i.shape[1]), tl.float32)
+    low, full, high = keys_of(doc_start, first, T, BM, BN)
+    for MASKED in tl.static_range(2):
+        begin, end = (full, high) if MASKED else (low, full)
+        for j0 in tl.range(begin, end, BN):
+            k_j = load_tile(k, j0, T, Hk * D, D, BN)  # (BN, D)
+            v_j = load_tile(v, j0, T, Hk * D, D, BN)  # (BN, D)
+            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BM, BN)
+            p = tl.exp2(s - lse_i[:, None])
+            if MASKED:
+                j = j0 + tl.arange(0, BN)
+                seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
+                p = tl.where(seen, p, 0.0)
+            dp = tl.dot(do_i, tl.trans(v_j), input_precision=DOT)  # (BM, BN)
+            ds = p * (dp - delta_i[:, None])
+            dq_i = tl.dot(ds.to(k_j.dtype), k_j, dq_i, input_precision=DOT)
+    store_tile(dq + head * D, dq_i * D**-0.5, first, T, H * D, D)  # (BM, D)
+
+
+@triton.jit(do_not_specialize=["T"])
+def backward_kv_kernel(
+    q, k, v, d_out, lse, delta, dk, dv, doc_end, T,
+    H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """dk and dv (T, Hk, D) of one tile of keys, over the query tiles of all heads of its group.
+
+    Scores stand transposed, keys by queries: then p and ds are left operands from registers.
+    """
+    first, kv_head = tl.program_id(0) * BN, tl.program_id(1)
+    j = first + tl.arange(0, BN)
+    end_j = tl.load(doc_end + j, mask=j < T, other=0)  # (BN,)
+    k_j = load_tile(k + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
+    v_j = load_tile(v + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
+    dk_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
+    dv_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
+    # Tiles of queries from `first` to the last document's end: some on the diagonal, then, if the
+    # keys are of one document, `full` ones, then those in which a document ends.
+    end = tl.load(doc_end + tl.minimum(first + BN, T) - 1)
+    diagonal = tl.cdiv(tl.minimum(BN, end - first), BM)
+    full = tl.maximum(end - first - BN, 0) // BM
+    full = tl.where(tl.load(doc_end + first) == end, full, 0)
+    for MASKED in tl.static_range(2):
+        tiles = tl.cdiv(end - first, BM) - full if MASKED else full
+        for step in tl.range(0, tiles * (H // Hk)):  # one loop over heads and tiles pipelines both
+            head = kv_head * (H // Hk) + step // tiles
+            tile = step % tiles
+            if MASKED:
+                tile += tl.where(tile < diagonal, 0, full)
+            else:
+                tile += diagonal
+            i0 = first + tile * BM
+            q_i = load_tile(q + head * D, i0, T, H * D, D, BM)  # (BM, D)
+            lse_i = tl.load(row_of(lse, head, i0, T, BM))  # (BM,)
+            s = tl.dot(k_j, tl.trans(q_i), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BN, BM)
+            p = tl.exp2(s - lse_i[None, :])
+            if MASKED:
+                i = i0 + tl.arange(0, BM)
+                seen = (j[:, None] <= i[None, :]) & (i[None, :] < end_j[:, None])
+                p = tl.where(seen, p, 0.0)
+            do_i = load_tile(d_out + head * D, i0, T, H * D, D, BM)  # (BM, D)
+            dv_j = tl.dot(p.to(do_i.dtype), do_i, dv_j, input_precision=DOT)
+            dp = tl.dot(v_j, tl.trans(do_i), input_precision=DOT)  # (BN, BM)
+            delta_i = tl.load(row_of(delta, head, i0, T, BM))  # (BM,)
+            ds = p * (dp - delta_i[None, :])
+            dk_j = tl.dot(ds.to(q_i.dtype), q_i, dk_j, input_precision=DOT)
+    store_tile(dk + kv_head * D, dk_j * D**-0.5, first, T, Hk * D, D)  # (BN, D)
+    store_tile(dv + kv_head * D, dv_j, first, T, Hk * D, D)  # (BN, D)
+
+
+def blocks(kernel, dtype, hopper):
+    """Block sizes of a kernel: the largest of those tried of which no head size spills registers.
+
+    tests/test_kernels_compiled.py compiles each and prints what it needs. In bf16 at D = 128 on
+    sm_90: 243 of 255 registers in forward, 191 for dq, 254 for dk and dv; on sm_80 those blocks
+    spill in forward and in dk and dv. fp32 runs without tensor cores, to check the rest by.
+    """
+    BM, BN = {
+        forward_kernel: (128, 128) if hopper else (128, 64),
+        backward_q_kernel: (128, 64),
+        backward_kv_kernel: (64, 128) if hopper else (32, 64),
+    }[kernel]
+    if dtype == torch.float32:
+        return {"BM": 32, "BN": 32, "num_warps": 8, "num_stages": 1}
+    return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
+
+
+# Custom operators, so that torch.compile keeps a kernel as one node of its graph. Their fakes tell
+# it the shapes.
+
+
+@torch.library.custom_op("tulu::attention", mutates_args=())
+def attention_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    doc_start: torch.Tensor, doc_end: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """out (T, H, D) and lse (H, T padded)."""
+    (T, H, D), Hk = q.shape, k.shape[1]
+    out, lse = fake_attention(q, k, v, doc_start, doc_end)
+    if T > 0:
+        size = blocks(forward_kernel, q.dtype, is_hopper(q))
+        grid = (triton.cdiv(T, size["BM"]), H)
+        forward_kernel[grid](q, k, v, out, lse, doc_start, T, H, Hk, D, **size)
+    return out, lse
+
+
+@attention_op.register_fake
+def fake_attention(q, k, v, doc_start, doc_end):
+    """Memory for out and, in fp32, lse."""
+    T, H = q.shape[:2]
+    padded = (T + PAD.value - 1) // PAD.value * PAD.value
+    return torch.empty_like(q), q.new_empty(H, padded, dtype=torch.float32)
+
+
+@torch.library.custom_op("tulu::attention_backward", mutates_args=())
+def attention_backward_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor,
+    doc_end: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """dq, dk and dv."""
+    (T, H, D), Hk = q.shape, k.shape[1]
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+    if T == 0:
+        return dq, dk, dv
+    hopper = is_hopper(q)
+    delta_kernel[triton.cdiv(T, PAD.value), H](out, d_out, delta, T, H, D, PAD.value, num_warps=8)
+    size = blocks(backward_q_kernel, q.dtype, hopper)
+    grid = (triton.cdiv(T, size["BM"]), H)
+    backward_q_kernel[grid](q, k, v, d_out, lse, delta, dq, doc_start, T, H, Hk, D, **size)
+    size = blocks(backward_kv_kernel, q.dtype, hopper)
+    grid = (triton.cdiv(T, size["BN"]), Hk)
+    backward_kv_kernel[grid](q, k, v, d_out, lse, delta, dk, dv, doc_end, T, H, Hk, D, **size)
+    return dq, dk, dv
+
+
+def is_hopper(x):
+    """Whether x lies on a GPU of compute capability 9.0 or above."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
+@attention_backward_op.register_fake
+def _(q, k, v, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def attention_gradients(ctx, d_out, d_lse):
+    """Of q, k and v; lse is nobody else's input, so d_lse is nothing."""
+    return *attention_backward_op(*ctx.saved_tensors, d_out.contiguous()), None, None
+
+
+attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
+
+
+def attention_triton(q, k, v, doc_start, doc_end=None):
+    """`attention` by the kernels; CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
+    D = q.shape[2]
+    assert D % 16 == 0 and 16 <= D <= 128, f"head size {D}, expected a multiple of 16 up to 128"
+    if doc_end is None:
+        doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    return attention_op(q, k, v, doc_start, doc_end)[0]

@@ -1,94 +1,136 @@
-"""What several test files start from: a tiny tokenizer like Llama's, a tiny Llama, a small file."""
+"""What the tests share: a tiny tokenizer, base model and conversations, made on the spot; the real
+data, where it is there; and what a machine without a GPU needs."""
 
 import json
+import os
 import random
+from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-WORDS = "red green blue one two three sum of the cat sat on a mat why not now then yes no".split()
+# Without a GPU Triton's interpreter runs the kernels; it has to know before the first import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def sentence(rng):
-    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(3, 20)))
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none, and say so."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def tokenizer_folder(tmp_path_factory):
-    """A folder with a `tokenizer.model` of Llama's kind, of some 320 pieces."""
-    folder, rng = tmp_path_factory.mktemp("tokenizer"), random.Random(0)
-    sentences = [f"<|user|> {sentence(rng)} <|assistant|> {sentence(rng)}" for _ in range(200)]
-    with open(folder / "tokenizer.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=file,
-            vocab_size=320,
-            model_type="bpe",
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
+SENTENCES = [
+    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
+    "<|user|> What is 2 plus 2? <|assistant|> The answer is 4.",
+    "<|system|> You are a helpful assistant. <|user|> Reverse the word: hello",
+    "def add(a, b):    return a + b        # four and eight spaces",
+    "Größe, naïve café, über alles; ----====####....",
+    "for i in range(10):  print(i ** 2)",
+]
+
+
+def train_tokenizer(folder, **changes):
+    """Write `folder/tokenizer.model`, made as Llama's was except for `changes`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 360,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "character_coverage": 0.99,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_prefix=str(folder / "tokenizer"),
+        **options | changes,
+    )
+    (folder / "tokenizer.vocab").unlink()
     return folder
 
 
 @pytest.fixture(scope="session")
-def base(tokenizer_folder, tmp_path_factory):
-    """A Hugging Face folder: a random Llama (hidden 32, 2 layers, 4 heads, 2 key/value heads)."""
+def tokenizer_folder(tmp_path_factory):
+    """Folder of a tiny tokenizer.model of Llama's kind, and nothing else."""
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer_folder):
+    """Folder of a tiny random Llama with its tokenizer, as Hugging Face would lay it out."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "tokenizer.model").write_bytes((tokenizer_folder / "tokenizer.model").read_bytes())
-    E, F, V, kv = 32, 48, 352, 16
+    hidden, mlp, layers, heads, kv_heads, vocab = 32, 88, 2, 4, 2, 361  # odd, to be cut in two
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": E,
-        "intermediate_size": F,
-        "max_position_embeddings": 512,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "num_key_value_heads": 2,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "vocab_size": V,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float32",
     }
     (folder / "config.json").write_text(json.dumps(config))
+    kv = hidden // heads * kv_heads
+    shapes = {"model.embed_tokens": (vocab, hidden), "lm_head": (vocab, hidden)}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        shapes |= {prefix + f"self_attn.{n}_proj": (hidden, hidden) for n in "qo"}
+        shapes |= {prefix + f"self_attn.{n}_proj": (kv, hidden) for n in "kv"}
+        shapes |= {prefix + f"mlp.{n}_proj": (mlp, hidden) for n in ("gate", "up")}
+        shapes[prefix + "mlp.down_proj"] = (hidden, mlp)
+        shapes |= {prefix + n: (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+    shapes["model.norm"] = (hidden,)
     generator = torch.Generator().manual_seed(0)
-    shapes = {"model.embed_tokens.weight": (V, E), "lm_head.weight": (V, E)}
-    for layer in range(2):
-        for name, shape in {
-            "self_attn.q_proj": (E, E),
-            "self_attn.k_proj": (kv, E),
-            "self_attn.v_proj": (kv, E),
-            "self_attn.o_proj": (E, E),
-            "mlp.gate_proj": (F, E),
-            "mlp.up_proj": (F, E),
-            "mlp.down_proj": (E, F),
-        }.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = shape
-    tensors = {n: 0.1 * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
-    for norm in ("layers.0.input_layernorm", "layers.0.post_attention_layernorm", "norm"):
-        tensors[f"model.{norm}.weight"] = torch.ones(E)
-        tensors[f"model.{norm}.weight".replace("layers.0", "layers.1")] = torch.ones(E)
-    save_file(tensors, folder / "model.safetensors")
+    tensors = {
+        f"{name}.weight": torch.randn(shape, generator=generator) * 0.05 + (len(shape) == 1)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory):
-    """A file of 24 conversations of one to three turns, every fourth with a system message."""
-    rng, path = random.Random(1), tmp_path_factory.mktemp("data") / "conversations.jsonl"
-    with open(path, "w") as file:
-        for k in range(24):
-            messages = [{"role": "system", "content": sentence(rng)}] if k % 4 == 0 else []
-            for _ in range(1 + k % 3):
-                messages.append({"role": "user", "content": sentence(rng)})
-                messages.append({"role": "assistant", "content": sentence(rng)})
-            record = {"dataset": "tiny", "id": f"tiny_{k}", "messages": messages}
-            file.write(json.dumps(record) + "\n")
+    """Path of a jsonl of 24 conversations of one to four turns and various lengths."""
+    rng = random.Random(0)
+    words = " ".join(SENTENCES).split()
+    path = tmp_path_factory.mktemp("data") / "conversations.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(24):
+            messages = [{"role": "system", "content": "Be brief."}] if i % 5 == 0 else []
+            for _ in range(1 + i % 4):
+                for role, most in (("user", 12), ("assistant", 3 + 2 * i)):
+                    content = " ".join(rng.choices(words, k=rng.randint(1, most)))
+                    messages.append({"role": role, "content": content})
+            record = {"dataset": "made up", "id": f"made-up-{i}", "messages": messages}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real data (see its README); the test is skipped where it is absent."""
+    default = Path(__file__).parent.parent.parent / "shared" / "data"
+    folder = Path(os.environ.get("TULU_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder} (TULU_DATA names the folder)")
+    return folder

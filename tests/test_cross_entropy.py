@@ -1,10 +1,18 @@
-"""kernels/cross_entropy.py against its definition in fp64."""
+"""kernels/cross_entropy.py against its definition in fp64; the kernel in Triton's interpreter."""
+
+import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import kernels.cross_entropy
-from kernels.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from kernels.cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_cross_entropy_triton,
+)
 
 
 def make_inputs(N, V, E, dtype, seed=0):
@@ -95,3 +103,152 @@ def test_types(dtype):
     inputs = make_inputs(7, 11, 3, dtype)
     nll, d_hidden, d_weight = run(linear_cross_entropy, *inputs)
     assert (nll.dtype, d_hidden.dtype, d_weight.dtype) == (torch.float32, dtype, dtype)
+
+
+def naive(hidden, weight, labels):
+    """The definition with the logits in the inputs' own type, as Hugging Face's models have it."""
+    logits = (hidden @ weight.T).float()
+    return logits.logsumexp(dim=1) - logits.gather(1, labels[:, None])[:, 0]
+
+
+def assert_as_exact_as_naive(function, inputs):
+    """No result of function is further from fp64 than the naive one in the same type.
+
+    Twice that, for another order of the same sums, and a floor of two roundings of the largest
+    value, for where the naive result happens to be exact.
+    """
+    dtype = inputs[0].dtype
+    exact = run(linear_cross_entropy_reference, *(x.double() for x in inputs[:2]), *inputs[2:])
+    same_type, ours = run(naive, *inputs), run(function, *inputs)
+    for name, e, n, o in zip(("nll", "d_hidden", "d_weight"), exact, same_type, ours, strict=True):
+        assert o.shape == e.shape
+        floor = 2 * torch.finfo(dtype).eps * e.abs().max()
+        allowed = 2 * (n.double() - e).abs().max() + floor
+        error = (o.double() - e).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+BOTH = [linear_cross_entropy, linear_cross_entropy_triton]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("N, V, E", [(1, 7, 3), (37, 101, 7), (3, 9001, 16), (101, 515, 37)])
+@pytest.mark.parametrize("function", BOTH)
+def test_as_exact_as_naive(function, N, V, E, dtype):
+    """For a random upstream gradient; a row of 9001 is two blocks of the kernel and a bit."""
+    assert_as_exact_as_naive(function, make_inputs(N, V, E, dtype))
+
+
+@pytest.mark.parametrize("promised", [False, True])
+def test_kernel_in_several_chunks(promised, monkeypatch):
+    """Chunks of 128 rows and a ragged last one give what one chunk gives, uniform or not."""
+    hidden, weight, labels, _ = make_inputs(150, 37, 16, torch.float32)
+    d_nll = torch.full((150,), -0.7)
+    whole = run(linear_cross_entropy_triton, hidden, weight, labels, d_nll)
+    monkeypatch.setattr(kernels.cross_entropy, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(kernels.cross_entropy, "CUDA_WORKSPACE", 128 * 37 * 4)
+
+    def function(*x):
+        return linear_cross_entropy_triton(*x, uniform_gradient=promised)
+
+    # fp32 sums in another order over 150 tokens: 150 roundings at the very most.
+    for a, b in zip(run(function, hidden, weight, labels, d_nll), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=150 * 6e-8)
+
+
+def test_the_true_class_keeps_its_gradient():
+    """At p = 1 - 1e-6 the label's gradient is -1e-6, also where 16 bits round p to 1."""
+    weight = torch.eye(2, dtype=torch.float16)
+    hidden = torch.tensor([[13.8155, 0.0]], dtype=torch.float16)  # ln(1e6), to 11 bits
+    p = torch.sigmoid(-hidden[0, 0].double()).item()
+    inputs = hidden, weight, torch.tensor([0]), torch.tensor([1000.0])
+    for function in BOTH:
+        _, d_hidden, _ = run(function, *inputs)
+        torch.testing.assert_close(d_hidden[0, 0].item(), -1000 * p, rtol=2**-10, atol=0)
+
+
+def test_operator_has_shapes_for_the_compiler():
+    """torch's own checks of a custom operator, with gradients and without."""
+    hidden, weight, labels, d_nll = make_inputs(5, 11, 16, torch.float32)
+    for upstream in (d_nll, None):
+        torch.library.opcheck(
+            torch.ops.tulu.cross_entropy,
+            (hidden, weight, labels, upstream),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
+    dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("function", BOTH)
+@pytest.mark.parametrize("promised", [False, True])
+def test_weight_gathered_by_fsdp(function, promised, one_process):
+    """A sharded head, gathered for the root's passes, gets the gradient of a plain head."""
+
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lm_head = torch.nn.Linear(16, 11, bias=False)
+
+        def forward(self, hidden, labels):
+            return function(hidden, self.lm_head.weight, labels, uniform_gradient=promised)
+
+    hidden, weight, labels, _ = make_inputs(5, 11, 16, torch.float32)
+    root = Root()
+    root.load_state_dict({"lm_head.weight": weight})
+    mesh = dist.init_device_mesh("cpu", (1,))
+    precision = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
+    fully_shard(root, mesh=mesh, mp_policy=precision)
+    (root(hidden, labels).sum() * 0.5).backward()
+    halves = torch.full((5,), 0.5)
+    expected = run(function, hidden.half(), weight.half(), labels, halves)[2]
+    torch.testing.assert_close(root.lm_head.weight.grad.full_tensor(), expected.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("promised", [False, True])
+def test_on_a_gpu_in_bf16(promised):
+    """Several chunks of the shipped size, against fp64: nll to fp32, gradients to bf16."""
+    inputs = make_inputs(6000, 32000, 256, torch.bfloat16)
+    hidden, weight, labels, d_nll = (x.cuda() for x in inputs)
+    d_nll = torch.full_like(d_nll, 0.3) if promised else d_nll
+
+    def function(*x):
+        return linear_cross_entropy(*x, uniform_gradient=promised)
+
+    exact = run(linear_cross_entropy_reference, hidden.double(), weight.double(), labels, d_nll)
+    nll, *gradients = run(function, hidden, weight, labels, d_nll)
+    # Logits have fp32 sums of exact products: 1e-5 of the largest, 400.
+    torch.testing.assert_close(nll.double(), exact[0], rtol=1e-5, atol=4e-3)
+    for e, o in zip(exact[1:], gradients, strict=True):
+        error = (o.double() - e).norm() / e.norm()
+        assert error < 2 * 2**-8, f"relative error {error:.1e}"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_bits_every_time():
+    """Deterministic."""
+    inputs = [x.cuda() for x in make_inputs(6000, 32000, 256, torch.bfloat16)]
+    first = run(linear_cross_entropy, *inputs)
+    for a, b in zip(first, run(linear_cross_entropy, *inputs), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_working_memory_is_bounded():
+    """Whatever N: below 600 MiB beside the inputs and the two gradients, at 7B's width."""
+    hidden = torch.randn(20_000, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(32_000, 4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(32_000, (20_000,), device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear_cross_entropy(hidden, weight, labels, uniform_gradient=True)
+    gradients = 2 * (hidden.numel() + weight.numel())
+    assert torch.cuda.max_memory_allocated() - before - gradients < 600 << 20

@@ -58,7 +58,7 @@ def test_broken_lists(text, items, message):
 
 def test_a_broken_list_is_not_read_to_its_end(monkeypatch):
     """What is no record is given up after a bounded number of characters."""
-    monkeypatch.setattr("mixture_readers.LONGEST", 1000)
+    monkeypatch.setattr("readers.LONGEST", 1000)
     broken = io.BytesIO(b'[{"a" 1}' + b" " * 1_000_000 + b"]")
     with pytest.raises(ValueError):
         list(list_items(broken, 10))
@@ -78,7 +78,7 @@ def test_a_broken_list_is_not_read_to_its_end(monkeypatch):
         ("a.json", b'[{"a": ' + b"[" * 100_000, "a.json: record 1: JSON nested too deeply"),
         ("a.jsonl.gz", b"plain", "a.jsonl.gz: line 1: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "a.jsonl.gz: line "),
-        ("a.parquet", b"PAR1", "a.parquet: not readable as parquet"),
+        ("a.parquet", b"PAR1", "a.parquet: not a readable parquet file"),
         ("a.csv", b'Prompt,Output\n"q,a\n', "a.csv: record 1: unexpected end of data"),
         ("a.csv", b"Prompt,Output\nq,a\nq\n", "a.csv: record 2: a row of other length"),
         ("a.csv", b"Prompt,Output\nq,a,b\n", "a.csv: record 1: a row of other length"),
@@ -113,5 +113,5 @@ def test_parquet_is_read_in_pieces(tmp_path):
 def test_parquet_is_optional(tmp_path, monkeypatch):
     """Without pyarrow, a parquet file says what to install."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match="a.parquet: .* install the package pyarrow"):
+    with pytest.raises(InputError, match="a.parquet: .* pip install pyarrow"):
         list(records(tmp_path / "a.parquet"))

@@ -1,0 +1,75 @@
+"""What every benchmark shares: times, FLOPs as pure functions, the record of where it ran."""
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import triton.testing
+
+
+def milliseconds(function, device):
+    """Median time of one call; on a GPU by events, with the L2 cache emptied before each call."""
+    if device.type == "cuda":
+        return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
+    function()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        times.append(1e3 * (time.perf_counter() - start))
+    return sorted(times)[1]
+
+
+def attention_flops(lengths, H, D):
+    """FLOPs of forward and of backward: causal, so half of 4 n² H D and 2.5 times that."""
+    forward = 2 * H * D * sum(n * n for n in lengths)
+    return {"forward": forward, "backward": 5 * forward // 2, "both": 7 * forward // 2}
+
+
+def cross_entropy_flops(N, V, E):
+    """FLOPs of the three matrix products: logits, gradient of hidden, gradient of weight."""
+    return 3 * 2 * N * V * E
+
+
+def packed_lengths(mean, total, longest=8192, seed=0):
+    """Lengths of documents that fill a row of `total` tokens, spread like chats about their mean.
+
+    Log-normal with sigma 0.9, whose mean is exp(mu + sigma²/2); the last document is cut.
+    """
+    generator, sigma = torch.Generator().manual_seed(seed), 0.9
+    lengths = []
+    while sum(lengths) < total:
+        z = torch.randn((), generator=generator)
+        length = (sigma * z - sigma**2 / 2).exp() * mean
+        lengths.append(min(max(8, int(length)), longest, total - sum(lengths)))
+    return lengths
+
+
+def doc_start_of(lengths, device):
+    """doc_start (T,) int32 of documents of these lengths, laid end to end."""
+    lengths = torch.tensor(lengths)
+    return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).int().to(device)
+
+
+def write(path, command, device, **content):
+    """A JSON file of results with the hardware, versions, commit, command and date they are of."""
+    gpu = device.type == "cuda"
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "commit": commit.stdout.strip() or None,
+        "device": torch.cuda.get_device_name(device) if gpu else f"CPU {platform.machine()}",
+        "versions": {name: version(name) for name in ("torch", "triton")}
+        | {"python": platform.python_version(), "cuda": torch.version.cuda},
+        **content,
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}", file=sys.stderr)

@@ -1,0 +1,149 @@
+"""One training step at Llama 2 7B's width: `python bench.py step [--toy]`.
+
+All of 7B's dimensions, as many of its 32 layers as the GPU holds with fp32 master weights, AdamW,
+recomputation and `torch.compile` per block, as sft.py runs them: rows of 16,384 tokens of chat-like
+documents (mean 490), all of them trained. The MFU is training.py's `model_flops` over the step's
+time and the datasheet's dense peak. Then one more step under the profiler: where the time goes.
+"""
+
+import argparse
+import dataclasses
+import time
+import types
+
+import torch
+
+import training
+from benchmarks.measure import doc_start_of, packed_lengths, write
+from model import Llama, LlamaConfig
+from parallel import shard, start
+
+LLAMA_2_7B = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=10_000.0,
+    tie_word_embeddings=False,
+)
+TOY = dataclasses.replace(
+    LLAMA_2_7B, vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+)  # fmt: skip
+
+# The names of kernels, in the profiler, by what they are for; the first that matches counts.
+KINDS = {
+    "attention": ("forward_kernel", "backward_q_kernel", "backward_kv_kernel", "delta_kernel"),
+    "loss": ("softmax_kernel",),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma"),
+    "optimizer": ("multi_tensor", "adam", "foreach"),
+}
+
+
+def layers_that_fit(memory, config, tokens):
+    """How many blocks `memory` bytes of a GPU hold, at most all, by the sum below.
+
+    Per weight 18 bytes: fp32 master, gradient and AdamW's two moments, and the bf16 copy. Per block
+    its recomputed input, tokens·E in bf16. Set aside: the same 18 bytes for embedding and head, one
+    block's activations (about 16 E and 8 F bf16 numbers per token), 3 GiB for the loss, the
+    compiler and fragmentation, and a tenth of the whole.
+    """
+    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    block = 18 * (E * D * heads + 3 * E * F) + 2 * tokens * E
+    aside = 18 * 2 * config.vocab_size * E + 2 * tokens * (16 * E + 8 * F) + (3 << 30)
+    return max(1, min(config.num_hidden_layers, int((0.9 * memory - aside) // block)))
+
+
+def make_step(config, lengths, device, dtype):
+    """The model and a function that takes one training step and returns the loss."""
+    with torch.device("meta"):
+        model = Llama(config)
+    gpu = device.type == "cuda"
+    shard(model, device, dtype, recompute=gpu, compile=gpu)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
+    flags = types.SimpleNamespace(lr=1e-5, beta1=0.9, beta2=0.95, weight_decay=0.0)
+    optimizer = training.make_optimizer(model, flags)
+    T = sum(lengths)
+    ids = torch.randint(config.vocab_size, (T,), device=device)
+    doc_start, predict = doc_start_of(lengths, device), torch.arange(T, device=device)
+
+    def step():
+        nll = model(ids, doc_start, predict, labels=ids.roll(-1), uniform_gradient=True)
+        loss = nll.sum() / T
+        loss.backward()
+        training.clip_gradients(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return model, step
+
+
+def where_time_goes(step):
+    """Milliseconds of GPU kernels of one step, by kind."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profiler.key_averages():
+        name = event.key.lower()
+        kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
+        spent[kind] += event.self_device_time_total / 1e3
+    return spent
+
+
+def main(arguments):
+    """Measure ten steps after three, print, and write the JSON file."""
+    parser = argparse.ArgumentParser(prog="bench.py step", description=__doc__)
+    parser.add_argument("--toy", action="store_true", help="a tiny model, to rehearse on CPU")
+    parser.add_argument("--out", default="results/step.json", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    _, _, device = start()
+    gpu = device.type == "cuda"
+    if not gpu and not options.toy:
+        parser.error("there is no GPU here (rehearse with --toy)")
+    config, T = (TOY, 256) if options.toy else (LLAMA_2_7B, 16384)
+    lengths = packed_lengths(20 if options.toy else 490, T)
+    if not options.toy:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        layers = layers_that_fit(memory, config, T)
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model, step = make_step(config, lengths, device, dtype)
+    losses, seconds = [], []
+    for _ in range(13):
+        begin = time.perf_counter()
+        losses.append(step().item())  # waits for the GPU
+        seconds.append(time.perf_counter() - begin)
+    median = sorted(seconds[3:])[5]
+    flops, peak = training.model_flops(config, lengths, T), training.peak_flops(device)
+    result = {
+        "layers": config.num_hidden_layers,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": T,
+        "documents": len(lengths),
+        "seconds": median,
+        "tokens_per_second": T / median,
+        "tflops": flops / median / 1e12,
+        "mfu": flops / median / peak if peak else None,
+        "mfu_formula": "training.model_flops / seconds / training.peak_flops",
+        "peak_memory_gib": training.peak_memory_gib(device),
+        "losses": losses,
+        "kernel_ms": where_time_goes(step) if gpu else None,
+    }
+    for name, value in result.items():
+        print(f"{name}: {value}")
+    command = " ".join(["python bench.py step", *arguments])
+    config = dataclasses.asdict(config)
+    write(options.out, command, device, dtype=str(dtype), toy=options.toy, config=config, **result)
+    torch.distributed.destroy_process_group()

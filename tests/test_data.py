@@ -1,0 +1,417 @@
+"""data.py and readers.py: files to records, records to updates, updates to packed rows."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import readers
+from chat import Tokenizer
+from data import (
+    Documents,
+    best_fit_decreasing,
+    check_micro_tokens,
+    encode_conversation,
+    highlight,
+    pack_row,
+    plan_rows,
+    update_count,
+    update_members,
+)
+from errors import InputError
+from model import Decoder, LlamaConfig
+from readers import data_files, parse, read_batches
+
+PROPERTY = {"derandomize": True, "deadline": None, "database": None, "max_examples": 100}
+
+
+def tulu_like_lengths(mean, n, most=8192):
+    """Log-normal lengths as long-tailed as the mixture's, cut as --max-seq-len cuts them."""
+    sigma = 1.0  # the mean of a log-normal is exp(mu + sigma²/2)
+    values = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, n)
+    return np.clip(values.astype(int), 10, most)
+
+
+# ---- Packing
+
+
+LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)
+
+
+@settings(**PROPERTY)
+@given(LENGTHS, st.integers(1, 5), st.integers(300, 900))
+def test_a_plan_is_a_partition(lengths, ranks, row_tokens):
+    """Every document once, no row over the limit, none empty but to make ranks even."""
+    plan = plan_rows(np.array(lengths), ranks, row_tokens, 64)
+    assert len(plan) == ranks and len({len(rows) for rows in plan}) == 1
+    everything = [i for rows in plan for row in rows for i in row]
+    assert sorted(everything) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= row_tokens for rows in plan for row in rows)
+    needed = [sum(1 for row in rows if row) for rows in plan]
+    assert max(needed) == len(plan[0])
+
+
+@settings(**PROPERTY)
+@given(LENGTHS, st.integers(2, 5))
+def test_costs_of_ranks_differ_by_one_document_at_most(lengths, ranks):
+    """What dealing the costliest first guarantees: n + n²/12E a document."""
+    E = 64
+    costs = [n + n * n / (12 * E) for n in lengths]
+    plan = plan_rows(np.array(lengths), ranks, 900, E)
+    shares = [sum(costs[i] for row in rows for i in row) for rows in plan]
+    assert max(shares) - min(shares) <= max(costs) + 1e-6
+
+
+def test_an_update_of_tulu_is_spread_evenly():
+    """128 conversations over 8 ranks: no rank does 3 % more than the mean."""
+    for seed in range(10):
+        lengths = np.random.default_rng(seed).permutation(tulu_like_lengths(490, 2000))[:128]
+        costs = lengths + lengths**2 / (12 * 4096)
+        plan = plan_rows(lengths, 8, 16384, 4096)
+        shares = [sum(costs[i] for row in rows for i in row) for rows in plan]
+        # The smallest documents, dealt last, even out what is left: about a 1,000th of a share
+        # each. A single document over the mean could not be split.
+        assert max(shares) <= max(1.03 * costs.sum() / 8, costs.max() + 1)
+
+
+@pytest.mark.parametrize("mean", [490, 1097])
+@pytest.mark.parametrize("row_tokens", [8192, 16384])
+def test_rows_are_over_99_percent_full(mean, row_tokens):
+    """All but the last, for as many documents as the mixture has; a second each."""
+    lengths = tulu_like_lengths(mean, 326_154)
+    longest_first = np.argsort(-lengths, kind="stable").tolist()
+    rows = best_fit_decreasing(lengths.tolist(), longest_first, row_tokens)
+    filled = sorted(sum(lengths[i] for i in row) for row in rows)
+    assert sum(map(len, rows)) == len(lengths) and filled[-1] <= row_tokens
+    assert lengths.sum() / (len(rows) * row_tokens) > 0.99
+    assert filled[1] > 0.99 * row_tokens
+
+
+def test_best_fit_takes_the_fullest_row_that_has_room():
+    """6, 5, 4, 3, 2 into rows of 10: 6 + 4 and 5 + 3 + 2."""
+    assert best_fit_decreasing([6, 5, 4, 3, 2], [0, 1, 2, 3, 4], 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit_decreasing([], [], 10) == []
+
+
+def documents_of(*pairs):
+    return [(np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in pairs]
+
+
+def test_a_packed_row_written_out():
+    """The example of pack_row's docstring, with its types."""
+    row = pack_row(documents_of(([1, 7, 8, 2], [0, 0, 1, 1]), ([1, 9, 2], [0, 0, 1])))
+    expected = {
+        "input_ids": (np.int64, [1, 7, 8, 2, 1, 9, 2]),
+        "doc_start": (np.int32, [0, 0, 0, 0, 4, 4, 4]),
+        "predict": (np.int64, [1, 2, 5]),
+        "labels": (np.int64, [8, 2, 2]),
+    }
+    assert {name: (a.dtype.type, a.tolist()) for name, a in row.items()} == expected
+
+
+def test_an_empty_row_is_one_token_that_predicts_nothing():
+    """It fills up a rank that has fewer rows than the others."""
+    row = {name: a.tolist() for name, a in pack_row([]).items()}
+    assert row == {"input_ids": [0], "doc_start": [0], "predict": [], "labels": []}
+
+
+@settings(**PROPERTY)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=6))
+def test_a_packed_row_holds_its_documents(masks):
+    """Every trained token is predicted from the one before it, in its own document; tokens begin
+    where doc_start says."""
+    masks = [[False, *mask] for mask in masks]
+    ids = [[100 * d + k for k in range(len(mask))] for d, mask in enumerate(masks)]
+    row = pack_row(documents_of(*zip(ids, masks, strict=True)))
+    assert row["input_ids"].tolist() == sum(ids, [])
+    assert row["input_ids"][row["doc_start"]].tolist() == [100 * (i // 100) for i in sum(ids, [])]
+    trained = [
+        i for d, mask in zip(ids, masks, strict=True) for i, m in zip(d, mask, strict=True) if m
+    ]
+    assert row["labels"].tolist() == trained
+    assert row["input_ids"][row["predict"]].tolist() == [i - 1 for i in trained]
+
+
+def test_positions_of_a_packed_row_restart(monkeypatch):
+    """From pack_row to the rotary embedding: the positions themselves, which no loss can see."""
+    seen = []
+
+    def spy(positions, config, dtype):
+        seen.append(positions.tolist())
+        return torch.ones(len(positions), 1, 4), torch.zeros(len(positions), 1, 4)
+
+    monkeypatch.setattr("model.rotary_angles", spy)
+    config = LlamaConfig(10, 8, 8, 1, 2, 2, 4, 1e-5, 1e4, False)
+    row = pack_row(documents_of(([1, 7, 8], [0, 0, 1]), ([1], [0]), ([1, 2], [0, 1])))
+    arrays = (torch.from_numpy(row[name]) for name in ("input_ids", "doc_start"))
+    Decoder(config)(*arrays)
+    assert seen == [[0, 1, 2, 0, 0, 1]]
+
+
+# ---- Updates
+
+
+def test_the_mixture_gives_the_originals_number_of_updates():
+    """326,154 conversations in batches of 128: 2,548 an epoch, 5,096 in two."""
+    assert update_count(326_154, 128, 2) == (2548, 5096)
+    assert update_count(256, 128, 3) == (2, 6)
+    assert update_count(255, 128, 3) == (1, 3)
+
+
+def test_an_epoch_is_a_permutation_less_its_last_partial_batch():
+    """10 documents in threes: nine of them once, others left out in the next epoch."""
+    epochs = []
+    for step in range(0, 12, 3):
+        batches = [update_members(10, 3, 42, step + k) for k in range(3)]
+        assert [epoch for epoch, _ in batches] == [step // 3] * 3
+        members = np.concatenate([members for _, members in batches])
+        assert len(members) == 9 and len(set(members)) == 9 and set(members) <= set(range(10))
+        epochs.append(tuple(members))
+    assert len(set(epochs)) == 4
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    """Whatever the batch size, the number of epochs or what was asked for before."""
+
+    def order(seed, epoch, batch):
+        per_epoch, _ = update_count(24, batch, 1)
+        steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
+        return np.concatenate([update_members(24, batch, seed, s)[1] for s in steps]).tolist()
+
+    assert order(1, 1, 4) == order(1, 1, 6) == order(1, 1, 24)
+    assert len({tuple(order(seed, epoch, 4)) for seed in (0, 1, 2) for epoch in (0, 1)}) == 6
+    assert order(0, 1, 4) == order(0, 1, 4)
+
+
+def test_fewer_conversations_than_a_batch_are_one_update_an_epoch():
+    """All of them, each time."""
+    assert update_count(5, 128, 2) == (1, 2)
+    for step in (0, 1):
+        epoch, members = update_members(5, 128, 42, step)
+        assert epoch == step and sorted(members) == [0, 1, 2, 3, 4]
+
+
+# ---- Documents
+
+
+def write(path, *records):
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def chat(*contents, **more):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[k % 2], "content": c} for k, c in enumerate(contents)]
+    return more | {"messages": messages}
+
+
+def test_documents_are_what_the_tokenizer_makes(base, conversations):
+    """In the order of the file, ids and mask; lengths and trained counts are theirs."""
+    documents = Documents([conversations], base, 10_000, encode_conversation)
+    tokenizer = Tokenizer(base)
+    records = [json.loads(line) for line in conversations.read_text().splitlines()]
+    assert len(documents) == documents.found == 24
+    assert documents.truncated == documents.skipped == 0
+    for i, record in enumerate(records):
+        ids, trained = tokenizer.encode(record["messages"])
+        assert [a.tolist() for a in documents[i]] == [ids, trained]
+        assert documents.lengths[i] == len(ids) and documents.trained_counts[i] == sum(trained)
+        answers = sum(m["role"] == "assistant" for m in record["messages"])
+        assert (documents.turns[i], documents.record_numbers[i]) == (answers, i + 1)
+
+
+@pytest.mark.parametrize("most", [2, 20, 57, 100])
+def test_truncation_and_skipping_are_counted(base, conversations, most):
+    """Cut on the right; what trains nothing then is skipped; trained tokens are counted after."""
+    tokenizer = Tokenizer(base)
+    records = [json.loads(line) for line in conversations.read_text().splitlines()]
+    full = [tokenizer.encode(record["messages"]) for record in records]
+    kept = [(ids[:most], mask[:most]) for ids, mask in full if any(mask[:most])]
+    if not kept:
+        with pytest.raises(InputError, match=f"none of the 24 .* first {most} tokens"):
+            Documents([conversations], base, most, encode_conversation)
+        return
+    documents = Documents([conversations], base, most, encode_conversation)
+    assert [tuple(a.tolist() for a in documents[i]) for i in range(len(documents))] == kept
+    assert documents.lengths.tolist() == [len(ids) for ids, _ in kept]
+    assert documents.trained_counts.tolist() == [sum(mask) for _, mask in kept]
+    assert documents.truncated == sum(len(ids) > most for ids, _ in full) > 0
+    assert documents.skipped == 24 - len(kept)
+    numbers = [k for k, (_, mask) in enumerate(full, 1) if any(mask[:most])]
+    assert documents.record_numbers.tolist() == numbers
+    assert f"{documents.truncated} truncated, {documents.skipped} without" in documents.summary()
+
+
+def test_several_files_and_folders_are_one_data_set(base, tmp_path):
+    """In the order given, folders by name; a document's name says where it stood."""
+    (tmp_path / "folder").mkdir()
+    b = write(tmp_path / "folder" / "b.jsonl", chat("q", "b", id="of-b"))
+    a = write(tmp_path / "folder" / "a.jsonl", chat("q", "a"), chat("no answer"), chat("q", "aa"))
+    a.write_text("\n" + a.read_text().replace("\n", "\n  \n"))  # blank lines: records 2, 4 and 6
+    c = write(tmp_path / "c.jsonl", chat("q", "c", prompt_id="of-c"))
+    documents = Documents([c, tmp_path / "folder"], base, 100, encode_conversation)
+    tokenizer = Tokenizer(base)
+    answers = [
+        tokenizer.decode([13, *ids[trained].tolist()]) for ids, trained in documents_in(documents)
+    ]
+    assert [text[-len(w) :] for text, w in zip(answers, ("c", "a", "aa", "b"), strict=True)] == [
+        "c", "a", "aa", "b"
+    ]  # fmt: skip
+    assert (documents.found, documents.skipped) == (4 + 1, 1)
+    assert list(documents.names([0, 1, 2, 3])) == [
+        f"{c}:1 (id of-c)", f"{a}:2 (id None)", f"{a}:6 (id None)", f"{b}:1 (id of-b)"
+    ]  # fmt: skip
+    assert list(documents.names([2])) == [f"{a}:6 (id None)"]
+
+
+def documents_in(documents):
+    return [documents[i] for i in range(len(documents))]
+
+
+def test_the_key_is_of_the_contents(base, tmp_path):
+    """A copy elsewhere is the same data; another order, or one more byte, is not."""
+    (tmp_path / "copy").mkdir()
+    one, two = chat("q", "1"), chat("q", "2")
+    a, b = write(tmp_path / "a.jsonl", one), write(tmp_path / "b.jsonl", two)
+    copies = [write(tmp_path / "copy" / "x.jsonl", one), write(tmp_path / "copy" / "y.jsonl", two)]
+
+    def key(paths):
+        return Documents(paths, base, 100, encode_conversation).key
+
+    assert key([a, b]) == key(copies) != key([b, a])
+    b.write_text(b.read_text() + "\n")
+    assert key([a, b]) != key(copies)
+
+
+def test_a_row_too_short_for_the_longest_document_is_refused(base, tmp_path):
+    """With the number that would do, and where the document stands."""
+    path = write(tmp_path / "a.jsonl", chat("q", "a"), chat("q", "long " * 20, id="it"))
+    documents = Documents([path], base, 100, encode_conversation)
+    longest = documents.lengths[1]
+    check_micro_tokens(documents, longest)
+    with pytest.raises(InputError, match=rf"at least {longest}, .*a.jsonl:2 \(id it\)"):
+        check_micro_tokens(documents, longest - 1)
+
+
+@pytest.mark.parametrize(
+    "record, problem",
+    [
+        ({}, "messages is nothing"),
+        ({"messages": []}, r"messages is \[\]"),
+        ({"messages": "hi"}, 'messages is "hi"'),
+        ({"messages": ["hi"]}, r'messages\[0\] is "hi"'),
+        (chat("a", None), r"messages\[1\].content is null"),
+        (chat("a", ["b"]), r"messages\[1\].content is \["),
+        ({"messages": [{"role": "tool", "content": ""}]}, r'role is "tool", expected one of'),
+        ({"messages": [{"content": ""}]}, "role is null"),
+        ({"messages": [{"role": ["user"], "content": ""}]}, r'role is \["user"\]'),
+        (chat("a\ud800b"), "lone surrogate '.ud800' at character 1"),
+    ],
+    ids=str,
+)
+def test_records_of_another_schema_are_refused(base, tmp_path, record, problem):
+    """The message, the field and what was found, behind the file and the line."""
+    path = write(tmp_path / "a.jsonl", chat("q", "a"), record)
+    with pytest.raises(InputError, match=rf"a.jsonl:2: .*{problem}"):
+        Documents([path], base, 100, encode_conversation)
+
+
+def test_highlighting_tells_trained_tokens_apart(base):
+    """The whole text, with BOS and EOS, trained spans in brackets."""
+    tokenizer = Tokenizer(base)
+    ids, trained = tokenizer.encode(chat("q", "é", "q", "b")["messages"])
+    shown = highlight(tokenizer, np.array(ids), np.array(trained))
+    assert shown == ("<s> <|user|>\nq\n<|assistant|>\n⟦é</s>⟧\n<|user|>\nq\n<|assistant|>\n⟦b</s>⟧")
+
+
+# ---- Readers
+
+
+RECORDS = [chat("q", f"é {i} \u2028", id=f"r{i}") for i in range(1200)]
+
+
+def write_as(suffix, folder):
+    path = folder / f"data{suffix}"
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()
+    if suffix == ".jsonl":
+        path.write_bytes(lines)
+    elif suffix == ".jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif suffix == ".json":
+        path.write_text(json.dumps(RECORDS, indent=1))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    return path
+
+
+def read(path):
+    return [
+        (number, parse(raw, path, number))
+        for first, records, _ in read_batches(path)
+        for number, raw in enumerate(records, first)
+    ]
+
+
+@pytest.mark.parametrize("suffix", readers.SUFFIXES)
+def test_every_kind_of_file_gives_the_same_records(suffix, tmp_path):
+    """In order, numbered from 1, over several batches, the share read rising to 1."""
+    path = write_as(suffix, tmp_path)
+    assert read(path) == list(enumerate(RECORDS, 1))
+    shares = [done for _, _, done in read_batches(path)]
+    assert len(shares) == 3 and shares == sorted(shares) and 0 < shares[0] and shares[-1] == 1
+
+
+def test_line_numbers_count_blank_lines(tmp_path, monkeypatch):
+    """Wherever the borders of batches fall; a byte order mark and CR LF are no content."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}\n\n{"a": 3}')
+    for records in (1, 2, 3, 512):
+        monkeypatch.setattr(readers, "BATCH_RECORDS", records)
+        found = [(number, r["a"]) for number, r in read(path) if r is not None]
+        assert found == [(1, 1), (4, 2), (6, 3)]
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [(b'{"a"', "not JSON"), (b'"a"', "JSON str"), (b"[1]", "JSON list"), (b"\xff{}", "not UTF-8"),
+     (b'\xef\xbb\xbf{"a": 1}', "not JSON"), (b"[" * 100_000, "not JSON")],
+    ids=lambda x: str(x)[:12],
+)  # fmt: skip
+def test_bad_lines_are_named(line, problem, tmp_path):
+    """File, number of the line, and what was found."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
+    with pytest.raises(InputError, match=f"a.jsonl:3: .*{problem}"):
+        read(path)
+
+
+def test_broken_files_are_named(tmp_path):
+    """gzip cut short, JSON that is no list, parquet that is none."""
+    for suffix in (".jsonl.gz", ".parquet", ".json"):
+        path = write_as(suffix, tmp_path)
+        path.write_bytes(path.read_bytes()[:-40])
+        with pytest.raises(InputError, match=f"data{suffix}"):
+            read(path)
+    path.write_text("{}")
+    with pytest.raises(InputError, match="expected one JSON list"):
+        read(path)
+
+
+def test_what_data_means(tmp_path):
+    """A folder is its data files, hidden ones and others left out; anything else is refused."""
+    for name in ("b.jsonl", "a.parquet", ".c.jsonl", "notes.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "empty").mkdir()
+    assert [p.name for p in data_files([tmp_path])] == ["a.parquet", "b.jsonl"]
+    assert data_files([tmp_path / "b.jsonl", tmp_path])[0].name == "b.jsonl"
+    for name, problem in (
+        ("empty", "no .jsonl"), ("notes.txt", "unknown kind"), ("absent.jsonl", "no such file"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"{name}: {problem}"):
+            data_files([tmp_path / name])
