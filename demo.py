@@ -56,7 +56,7 @@ DPO = SFT | {
 }
 
 SEED = 2  # of all that is made here; --seed is that of the order of training
-CONVERSATIONS = 12_000
+CONVERSATIONS = 8_000
 PAIRS = 3_200
 HELD_OUT = 20  # of each kind
 LONGEST_ANSWER = 20  # tokens
