@@ -94,14 +94,17 @@ def load_hf(model, folder):
     Each rank reads its own rows of each tensor and nothing else; the file is opened anew for each,
     so that no more than one tensor's pages of it are in memory.
     """
-    files = find_tensors(model, folder)
+    files, problems = find_tensors(model, folder), []
     for name, parameter in model.named_parameters():
         local, first = local_rows(parameter.detach())
         with safe_open(files[name], "pt") as file:
             rows = file.get_slice(name)[first : first + len(local)]
             if not rows.isfinite().all():
-                raise InputError(f"{files[name]}: {name} holds values that are not finite")
+                problems.append(f"{files[name]}: {name} holds values that are not finite")
             local.copy_(rows)
+    # Where one rank's rows are bad, all stop, before rank 0 writes anything.
+    for problem in gather_lists(problems) if dist.is_initialized() else problems:
+        raise InputError(problem)
 
 
 def local_rows(tensor):
@@ -232,7 +235,10 @@ def save_run(folder, step, model, optimizer, keep):
                 shutil.rmtree(place, ignore_errors=True)  # a damaged one
                 os.rename(partial, place)
                 sync(place.parent)
-                for old in saved_runs(folder)[keep:]:
+                # A newer one is damaged: else the run would have gone on from there.
+                newest_first = saved_runs(folder)
+                own = newest_first.index(place)
+                for old in newest_first[:own] + newest_first[own + keep :]:
                     shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             failure = error
@@ -266,12 +272,15 @@ def resume_run(folder, model, optimizer):
             optim_state_dict=state["optimizer"],
         )
         return json.loads((place / "manifest.json").read_text())["step"]
+    if saved_runs(folder) and dist.get_rank() == 0:
+        print("warning: no checkpoint is whole, training starts again", file=sys.stderr)
     return 0
 
 
 def saved_runs(folder):
-    """The checkpoints of a run, newest first."""
-    return sorted((Path(folder) / "checkpoints").glob("step-*"), reverse=True)
+    """The checkpoints of a run, newest first (longer names, of later updates, before shorter)."""
+    found = (Path(folder) / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda place: (len(place.name), place.name), reverse=True)
 
 
 def damage(place):

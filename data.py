@@ -29,13 +29,16 @@ from token_cache import loaded_tokenizer, token_cache
 class Documents:
     """The token sequences of some data files, cut to `max_seq_len`, less those that train nothing.
 
-    encode_record(record, tokenizer) makes a list of `(ids, trained)`, as `encode_conversation`.
+    encode_record(record, tokenizer) makes a list of `(ids, trained)`, as `encode_conversation`:
+    `per_record` of them, which stay together or are left out together.
     lengths and trained_counts (n,) int64 are in memory, the tokens on disk: `documents[i]` is
     `(ids, trained)`, two arrays of the i-th sequence. Raises `InputError` for bad data, and where
     nothing is left to train on.
     """
 
-    def __init__(self, paths, model_folder, max_seq_len, encode_record, fallback=None):
+    def __init__(
+        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1
+    ):
         self.paths = data_files(paths)
         found = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [arrays for arrays, _ in found]
@@ -48,23 +51,27 @@ class Documents:
         )
         self.lengths = np.minimum(full_lengths, max_seq_len)
         self.trained_counts = trained_counts.copy()
-        cut = np.flatnonzero(full_lengths > max_seq_len)
-        for i in cut:
+        cut = full_lengths > max_seq_len
+        for i in np.flatnonzero(cut):
             self.trained_counts[i] = np.count_nonzero(self[i][1])
-        keep = np.flatnonzero(self.trained_counts > 0)
-        self.found, self.truncated, self.skipped = len(index), len(cut), len(index) - len(keep)
-        if not len(keep):
+        whole = (self.trained_counts > 0).reshape(-1, per_record).all(1)  # (records,)
+        self.truncated = int(cut.reshape(-1, per_record).any(1).sum())
+        self.skipped = int((~whole).sum())
+        self.kind = "conversations" if per_record == 1 else "pairs"
+        if not whole.any():
             raise InputError(
-                f"{self.paths[0]}: none of the {self.found} conversations has a trained token in "
+                f"{self.paths[0]}: none of the {len(whole)} {self.kind} has a trained token in "
                 f"its first {max_seq_len} tokens, expected assistant messages"
             )
+        self.records = int(whole.sum())
+        keep = np.flatnonzero(whole.repeat(per_record))
         for name in ("file", "start", "lengths", "trained_counts", "turns", "record_numbers"):
             setattr(self, name, getattr(self, name)[keep])
 
     def summary(self):
         """One line for the user."""
         return (
-            f"{len(self):,} conversations, {self.lengths.sum():,} tokens, "
+            f"{self.records:,} {self.kind}, {self.lengths.sum():,} tokens, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
             f"{self.skipped:,} without a trained token skipped"
         )
@@ -104,6 +111,32 @@ def encode_conversation(record, tokenizer):
     messages = record.get("messages")
     check_messages(messages, "messages")
     return [tokenizer.encode(messages)]
+
+
+def encode_pair(record, tokenizer):
+    """`[chosen, rejected]`, each `(ids, trained)`, of a record of UltraFeedback's schema.
+
+    Only the last message of each is trained; what stands before it must be the same in both.
+    """
+    sides = [record.get(name) for name in ("chosen", "rejected")]
+    for name, messages in zip(("chosen", "rejected"), sides, strict=True):
+        check_messages(messages, name)
+        if messages[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{name} ends with {messages[-1]['role']}, expected an assistant's answer"
+            )
+    prompts = [[(m["role"], m["content"].strip()) for m in messages[:-1]] for messages in sides]
+    if prompts[0] != prompts[1]:
+        raise ValueError(
+            "chosen and rejected answer different prompts, expected the same messages "
+            "before the last"
+        )
+    encoded = []
+    for messages in sides:
+        ids, trained = tokenizer.encode(messages)
+        answer = len(tokenizer.prompt(messages[:-1]))
+        encoded.append((ids, [False] * answer + trained[answer:]))
+    return encoded
 
 
 def shown(value):
