@@ -11,8 +11,12 @@ Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; Ivison et al. 2023 
 appendix B; EasyLM llama_train_dpo.py.
 """
 
+import threads  # noqa: F401, before torch
+
+# isort: split
 import dataclasses
 import math
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -25,12 +29,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import demo
+import sft
 from chat import Tokenizer, fast_tokenizer
 from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
     check_micro_tokens,
-    encode_pair,
     plan_rows,
     update_count,
     update_members,
@@ -40,6 +44,7 @@ from logps import answer_logps, reference_logps
 from model import Llama, LlamaConfig
 from parallel import shard, start, sum_over_ranks, watch_signals
 from run_folder import append_record, check_output, lock_output, start_records
+from schemas import encode_pair
 from training import (
     check_finite,
     check_flags,
@@ -138,6 +143,11 @@ def main(flags):
     rank, world, device = start()
     say = print if rank == 0 else lambda *_: None
     if is_demo := not {"model", "data"} & flags.keys():
+        if not (Path(demo.SFT["out"]) / "config.json").is_file():
+            sft.main({})
+        if rank == 0:
+            shutil.rmtree(demo.DPO["out"], ignore_errors=True)
+        dist.barrier()
         flags = demo.DPO | flags
     config = resolve(DPOConfig(**flags), device)
 
@@ -252,7 +262,7 @@ def main(flags):
     save_hf(model, tokenizer, config.model, out)
     say(f"{out}: the model for transformers and vLLM, and {metrics.name}")
     if is_demo and rank == 0:
-        demo.compare_answers(config.model, out)
+        demo.compare(config.model, out)
 
 
 if __name__ == "__main__":

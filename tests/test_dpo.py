@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM
 
 import dpo
 from chat import Tokenizer
-from data import Documents, encode_pair, update_members
+from data import Documents, update_members
 from errors import InputError, RunError
 from logps import answer_logps, reference_logps
 from model import Llama, LlamaConfig
 from parallel import shard, start
+from schemas import encode_pair
 from training import learning_rate
 
 ROOT = Path(__file__).parent.parent
