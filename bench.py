@@ -10,6 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
+import threads  # noqa: F401, before torch
 from errors import InputError, reported
 
 

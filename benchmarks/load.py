@@ -6,7 +6,7 @@ Ours: load_hf into FSDP2 shards (fp32) on 2 ranks and save_hf (bf16). transforme
 and save_pretrained in one process, in fp32 and in bf16. Every measurement is a process of its own
 (Linux): wall time, and the most memory above what it held before, as the kernel counted it (VmHWM)
 and without pages mapped from files (RssAnon, sampled). The bound is a rank's own shards and one
-tensor. The files are in the page cache in every case; ours are synced to the disk, theirs are not.
+tensor. All read from the page cache, and all are synced to the disk.
 """
 
 import json
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from benchmarks.measure import write
 from chat import Tokenizer
-from checkpoint import load_hf, save_hf
+from checkpoint import load_hf, save_hf, sync
 from errors import InputError
 from model import Llama, LlamaConfig
 from parallel import shard, start
@@ -43,7 +43,12 @@ TOY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
 }  # fmt: skip
-FIXED = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False}
+FIXED = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": False,
+}
 WAYS = ("ours", "transformers float32", "transformers bfloat16")
 
 
@@ -138,13 +143,15 @@ def best(rounds):
 def show(figures, bound, parameters, ranks):
     """Print the table."""
     print(
-        f"{parameters / 1e9:.2f} B parameters; a rank's own shards of {ranks} (fp32) "
-        f"{bound['own_shards_mb']:,.0f} MB, the largest tensor {bound['largest_tensor_bf16_mb']:,.0f} "
-        f"MB in bf16.\nMB of a process beyond its baseline: at most, and without mapped files"
+        f"{parameters / 1e9:.2f} B parameters; own shards of {ranks} ranks (fp32) "
+        f"{bound['own_shards_mb']:,.0f} MB each, largest tensor "
+        f"{bound['largest_tensor_bf16_mb']:,.0f} MB in bf16.\n"
+        "MB of a process beyond its baseline: all, and without pages mapped from files (anon.)"
     )
-    print(f"{'':24}{'baseline':>9}{'load s':>8}{'peak':>8}{'anon.':>8}{'save s':>8}{'peak':>8}{'anon.':>8}")
+    columns = ("baseline", "load s", "MB", "anon.", "save s", "MB", "anon.")
+    print(f"{'':24}" + "".join(f"{column:>9}" for column in columns))
     for way, f in figures.items():
-        columns = (f"{f[p]['seconds']:8.1f}{f[p]['peak_mb']:8,.0f}{f[p]['anonymous_mb']:8,.0f}"
+        columns = (f"{f[p]['seconds']:9.1f}{f[p]['peak_mb']:9,.0f}{f[p]['anonymous_mb']:9,.0f}"
                    for p in ("load", "save"))  # fmt: skip
         print(f"{way:24}{f['baseline_mb']:9,.0f}" + "".join(columns))
 
@@ -178,6 +185,8 @@ def measure_here(way, source, target, found):
             save_hf(model, tokenizer, source, target)
         else:
             model.save_pretrained(target)
+            for path in Path(target).iterdir():
+                sync(path)  # as save_hf does
     Path(found, os.environ.get("RANK", "0")).write_text(json.dumps(record))
     if name == "ours":
         dist.destroy_process_group()
