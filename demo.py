@@ -40,8 +40,8 @@ SFT = {
     "data": [f"{FOLDER}/conversations.jsonl"],
     "out": f"{FOLDER}/sft",
     "epochs": 2,
-    "batch_size": 32,
-    "lr": 2.5e-3,
+    "batch_size": 16,
+    "lr": 2e-3,
     "warmup_ratio": 0.1,
     "max_seq_len": 256,
     "micro_tokens": 4096,
@@ -56,7 +56,7 @@ DPO = SFT | {
 }
 
 SEED = 2  # of all that is made here; --seed is that of the order of training
-CONVERSATIONS = 12_000
+CONVERSATIONS = 8_000
 PAIRS = 3_200
 HELD_OUT = 20  # of each kind
 LONGEST_ANSWER = 20  # tokens
