@@ -12,7 +12,6 @@ once and never held in memory.
 import functools
 import hashlib
 import heapq
-import json
 import sys
 import tempfile
 from bisect import bisect_left, insort
@@ -20,22 +19,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from chat import ROLES
 from errors import InputError, reported
 from readers import data_files, parse, read_batches
+from schemas import encode_conversation
 from token_cache import loaded_tokenizer, token_cache
 
 
 class Documents:
     """The token sequences of some data files, cut to `max_seq_len`, less those that train nothing.
 
-    encode_record(record, tokenizer) makes a list of `(ids, trained)`, as `encode_conversation`.
+    encode_record(record, tokenizer) makes a list of `(ids, trained)`, as `encode_conversation`:
+    `per_record` of them, which stay together or are left out together.
     lengths and trained_counts (n,) int64 are in memory, the tokens on disk: `documents[i]` is
     `(ids, trained)`, two arrays of the i-th sequence. Raises `InputError` for bad data, and where
     nothing is left to train on.
     """
 
-    def __init__(self, paths, model_folder, max_seq_len, encode_record, fallback=None):
+    def __init__(
+        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1
+    ):
         self.paths = data_files(paths)
         found = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [arrays for arrays, _ in found]
@@ -48,23 +50,27 @@ class Documents:
         )
         self.lengths = np.minimum(full_lengths, max_seq_len)
         self.trained_counts = trained_counts.copy()
-        cut = np.flatnonzero(full_lengths > max_seq_len)
-        for i in cut:
+        cut = full_lengths > max_seq_len
+        for i in np.flatnonzero(cut):
             self.trained_counts[i] = np.count_nonzero(self[i][1])
-        keep = np.flatnonzero(self.trained_counts > 0)
-        self.found, self.truncated, self.skipped = len(index), len(cut), len(index) - len(keep)
-        if not len(keep):
+        whole = (self.trained_counts > 0).reshape(-1, per_record).all(1)  # (records,)
+        self.truncated = int(cut.reshape(-1, per_record).any(1).sum())
+        self.skipped = int((~whole).sum())
+        self.kind = "conversations" if per_record == 1 else "pairs"
+        if not whole.any():
             raise InputError(
-                f"{self.paths[0]}: none of the {self.found} conversations has a trained token in "
+                f"{self.paths[0]}: none of the {len(whole)} {self.kind} has a trained token in "
                 f"its first {max_seq_len} tokens, expected assistant messages"
             )
+        self.records = int(whole.sum())
+        keep = np.flatnonzero(whole.repeat(per_record))
         for name in ("file", "start", "lengths", "trained_counts", "turns", "record_numbers"):
             setattr(self, name, getattr(self, name)[keep])
 
     def summary(self):
         """One line for the user."""
         return (
-            f"{len(self):,} conversations, {self.lengths.sum():,} tokens, "
+            f"{self.records:,} {self.kind}, {self.lengths.sum():,} tokens, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
             f"{self.skipped:,} without a trained token skipped"
         )
@@ -97,43 +103,6 @@ def check_micro_tokens(documents, micro_tokens):
             f"--micro-tokens is {micro_tokens}, expected at least {documents.lengths[longest]}, "
             f"the tokens of the longest document ({next(documents.names([longest]))})"
         )
-
-
-def encode_conversation(record, tokenizer):
-    """`[(ids, trained)]` of a record of the Tulu schema; `ValueError` says what is wrong."""
-    messages = record.get("messages")
-    check_messages(messages, "messages")
-    return [tokenizer.encode(messages)]
-
-
-def shown(value):
-    """The beginning of a value for an error; parquet also holds what JSON cannot say."""
-    return json.dumps(value, default=repr)[:40]
-
-
-def check_messages(messages, name):
-    """Raise `ValueError` unless `messages` is a list of roles and contents; `name` is its field."""
-    if not isinstance(messages, list) or not messages:
-        found = "nothing" if messages is None else shown(messages)
-        raise ValueError(f"{name} is {found}, expected a list of messages")
-    for k, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise ValueError(f"{name}[{k}] is {shown(message)}, expected an object")
-        if message.get("role") not in ROLES:
-            raise ValueError(
-                f"{name}[{k}].role is {shown(message.get('role'))}, expected one of "
-                + ", ".join(ROLES)
-            )
-        content = message.get("content")
-        if not isinstance(content, str):
-            raise ValueError(f"{name}[{k}].content is {shown(content)}, expected a string")
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name}[{k}].content holds the lone surrogate {content[error.start]!a} at "
-                f"character {error.start}, which is not Unicode text"
-            ) from None
 
 
 # ---- Updates

@@ -51,7 +51,7 @@ DPO = SFT | {
     "data": [f"{FOLDER}/preferences.jsonl"],
     "out": f"{FOLDER}/dpo",
     "epochs": 1,
-    "lr": 1e-4,
+    "lr": 4e-5,
     "micro_tokens": 8192,
 }
 

@@ -7,6 +7,7 @@ else but a `RunError` is a bug of ours and keeps its traceback.
 
 import contextlib
 import os
+import signal
 import sys
 import time
 
@@ -26,10 +27,13 @@ def reported():
         yield
     except BrokenPipeError:  # whoever read our output (`| head`) has had enough
         os._exit(0)
+    except KeyboardInterrupt:  # before training began; it stops in an orderly way (parallel.py)
+        os._exit(128 + signal.SIGINT)
     except (InputError, RunError, OSError) as error:
         # Most errors strike every rank alike: rank 0 speaks, and torchrun ends the others while
         # they wait. An error that is one rank's alone is said after the wait.
         if int(os.environ.get("RANK", 0)) > 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training had it noted, not obeyed
             time.sleep(5)
         sys.stdout.flush()
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)

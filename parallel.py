@@ -54,18 +54,22 @@ def shard(model, device, dtype, recompute=False, compile=False):
     Each rank then has memory, not filled yet, for its own slices alone. Master weights, gradients
     and their reduction are fp32; `dtype` is what the blocks compute in.
     """
+    world = dist.get_world_size()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    # One rank has nothing to gather a second time for backward.
-    options = {"mp_policy": policy, "reshard_after_forward": dist.get_world_size() > 1}
     for block in model.model.layers:
         if recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compile:
             block.forward = torch.compile(block.forward, dynamic=True)
-        fully_shard(block, **options)
-    # The rest (embedding, last norm, head) is one group. It stays gathered from the forward pass to
-    # the backward pass, which begins with the head.
-    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    # One rank that computes in fp32 has nothing to gather and nothing to cast: FSDP would only copy
+    # every gradient, twice in each backward pass.
+    if world > 1 or dtype != torch.float32:
+        for block in model.model.layers:
+            # One rank has nothing to gather a second time for backward.
+            fully_shard(block, mp_policy=policy, reshard_after_forward=world > 1)
+        # The rest (embedding, last norm, head) is one group. It stays gathered from the forward
+        # pass to the backward pass, which begins with the head.
+        fully_shard(model, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
 
 

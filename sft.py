@@ -10,6 +10,9 @@ and the EOS after them). The result is a Hugging Face folder for transformers, v
 Source: Ivison et al. 2023 (arXiv 2311.10702), appendix B; EasyLM llama_train.py.
 """
 
+import threads  # noqa: F401, before torch
+
+# isort: split
 import dataclasses
 import shutil
 import sys
@@ -27,7 +30,6 @@ from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
     check_micro_tokens,
-    encode_conversation,
     pack_row,
     plan_rows,
     update_count,
@@ -37,6 +39,7 @@ from errors import reported
 from model import Llama, LlamaConfig
 from parallel import shard, start, sum_over_ranks, watch_signals
 from run_folder import append_record, check_output, lock_output, start_records
+from schemas import encode_conversation
 from training import (
     check_finite,
     check_flags,
@@ -122,15 +125,19 @@ def main(flags):
         record |= {"environment": environment(device, world), "run": run}
         start_records(metrics, first, record)
     say(documents.summary())
-    if len(documents) < config.batch_size:
-        say(f"warning: --batch-size {config.batch_size} is more than that: one update an epoch")
+    if rank == 0 and len(documents) < config.batch_size:
+        print(
+            f"warning: {len(documents):,} conversations are fewer than --batch-size "
+            f"{config.batch_size:,}; an update takes them all, one an epoch",
+            file=sys.stderr,
+        )
     say(
         f"{total:,} updates of {config.batch_size} conversations, {per_epoch:,} an epoch"
         + (f", continued after {first:,}" if first else "")
     )
 
     peak = peak_flops(device)
-    signals = watch_signals()
+    signals, stop = watch_signals(), False
     bar = tqdm(total=last, initial=first, unit="update", disable=rank > 0, dynamic_ncols=True)
     for step in range(first, last):
         started = time.perf_counter()
@@ -192,9 +199,9 @@ def main(flags):
     say(f"{out}: the model for transformers and vLLM, and {metrics.name}")
     if is_demo and rank == 0:
         demo.compare(config.model, out)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     with reported():
         main(parse_args(SFTConfig))
+        dist.destroy_process_group()

@@ -13,7 +13,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -23,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from chat import Tokenizer
-from errors import InputError
+from errors import InputError, RunError, one_line
 from readers import parse, read_batches
 
 FORMAT = 1  # of the arrays and of the encoding: with a new number every cache is made anew
@@ -148,11 +150,11 @@ def make_cache(place, path, model_folder, encode_record):
         (partial / "manifest.json").write_text(json.dumps(manifest))
         shutil.rmtree(place, ignore_errors=True)  # a damaged one
         os.rename(partial, place)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    except OSError as error:
+        raise RunError(f"{place}: the token cache could not be made ({one_line(error)})") from None
     finally:
         bar.close()
+        shutil.rmtree(partial, ignore_errors=True)  # what a failure left
 
 
 def in_order(encode, batches, size):
@@ -168,7 +170,7 @@ def in_order(encode, batches, size):
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # A fork of this process would copy torch's threads and the GPU's state in mid-air.
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, context, follow_parent) as pool:
         waiting = deque()
         for first, records, done in batches:
             waiting.append((pool.submit(encode, first, records), done))
@@ -177,6 +179,17 @@ def in_order(encode, batches, size):
                 yield future.result(), done
         for future, done in waiting:
             yield future.result(), done
+
+
+def follow_parent():
+    """In a worker: leave Ctrl-C to the process that started it, and end when that one is gone."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def encode_batch(path, model_folder, encode_record, first, records):

@@ -84,7 +84,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # which the training loop stops. (The sum of one element, or of none where N = 0.)
         uniform = (d_nll == d_nll[:1]).all()
         scale = torch.where(uniform, d_nll[:1].sum(), torch.nan)
-        d_hidden, d_weight = (x * scale.to(x.dtype) for x in (d_hidden, d_weight))
+        d_hidden, d_weight = (x.mul_(scale.to(x.dtype)) for x in (d_hidden, d_weight))
         return d_hidden, d_weight, None, None, None
 
 

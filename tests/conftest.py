@@ -1,6 +1,9 @@
 """What the tests share: a tiny tokenizer, base model and conversations, made on the spot; the real
 data, where it is there; and what a machine without a GPU needs."""
 
+import threads  # noqa: F401, before torch
+
+# isort: split
 import json
 import os
 import random

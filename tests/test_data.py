@@ -216,7 +216,7 @@ def test_documents_are_what_the_tokenizer_makes(base, conversations):
     documents = Documents([conversations], base, 10_000, encode_conversation)
     tokenizer = Tokenizer(base)
     records = [json.loads(line) for line in conversations.read_text().splitlines()]
-    assert len(documents) == documents.found == 24
+    assert len(documents) == documents.records == 24
     assert documents.truncated == documents.skipped == 0
     for i, record in enumerate(records):
         ids, trained = tokenizer.encode(record["messages"])
@@ -263,7 +263,7 @@ def test_several_files_and_folders_are_one_data_set(base, tmp_path):
     assert [text[-len(w) :] for text, w in zip(answers, ("c", "a", "aa", "b"), strict=True)] == [
         "c", "a", "aa", "b"
     ]  # fmt: skip
-    assert (documents.found, documents.skipped) == (4 + 1, 1)
+    assert (documents.records, documents.skipped) == (4, 1)
     assert list(documents.names([0, 1, 2, 3])) == [
         f"{c}:1 (id of-c)", f"{a}:2 (id None)", f"{a}:6 (id None)", f"{b}:1 (id of-b)"
     ]  # fmt: skip
