@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import demo
 from chat import Tokenizer
 from data import encode_conversation
+from dpo import DPOConfig
 from model import Llama, LlamaConfig
 from sft import SFTConfig
 
@@ -157,9 +158,10 @@ def test_tokenizer(tokenizer):
     assert sp.encode("123", out_type=str) == ["▁", "1", "2", "3"]
 
 
-def test_flags_are_those_of_the_script():
-    """Every demo setting is a flag of sft.py."""
+def test_settings_are_flags_of_the_scripts():
+    """Every demo setting is a flag of its script."""
     SFTConfig(**demo.SFT)
+    DPOConfig(**demo.DPO)
 
 
 def test_answer_is_transformers_greedy_decoding(folder, tokenizer):
