@@ -134,7 +134,7 @@ def test_pairs(folder):
 def test_conversations_leave_the_form_open(folder):
     """Half of the answers are sentences: four of five after a question, one of five otherwise.
 
-    Counted over more than 10,000 answers each: the standard deviation is below 0.004.
+    Counted over more than 7,000 answers each: the standard deviation is below 0.005.
     """
     sentences = {True: [], False: []}
     for row in read(folder, "conversations"):
@@ -143,7 +143,7 @@ def test_conversations_leave_the_form_open(folder):
                 asked = question["content"].endswith("?")
                 sentences[asked].append(reply["content"].startswith("The answer is"))
     for asked, expected in ((True, 0.8), (False, 0.2)):
-        assert len(sentences[asked]) > 10_000
+        assert len(sentences[asked]) > 7_000
         assert sum(sentences[asked]) / len(sentences[asked]) == pytest.approx(expected, abs=0.02)
 
 
