@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import demo
 from chat import Tokenizer
 from data import encode_conversation
+from dpo import DPOConfig
 from model import Llama, LlamaConfig
 from sft import SFTConfig
 
@@ -133,7 +134,7 @@ def test_pairs(folder):
 def test_conversations_leave_the_form_open(folder):
     """Half of the answers are sentences: four of five after a question, one of five otherwise.
 
-    Counted over more than 10,000 answers each: the standard deviation is below 0.004.
+    Counted over more than 7,000 answers each: the standard deviation is below 0.005.
     """
     sentences = {True: [], False: []}
     for row in read(folder, "conversations"):
@@ -142,7 +143,7 @@ def test_conversations_leave_the_form_open(folder):
                 asked = question["content"].endswith("?")
                 sentences[asked].append(reply["content"].startswith("The answer is"))
     for asked, expected in ((True, 0.8), (False, 0.2)):
-        assert len(sentences[asked]) > 10_000
+        assert len(sentences[asked]) > 7_000
         assert sum(sentences[asked]) / len(sentences[asked]) == pytest.approx(expected, abs=0.02)
 
 
@@ -157,9 +158,10 @@ def test_tokenizer(tokenizer):
     assert sp.encode("123", out_type=str) == ["▁", "1", "2", "3"]
 
 
-def test_flags_are_those_of_the_script():
-    """Every demo setting is a flag of sft.py."""
+def test_settings_are_flags_of_the_scripts():
+    """Every demo setting is a flag of its script."""
     SFTConfig(**demo.SFT)
+    DPOConfig(**demo.DPO)
 
 
 def test_answer_is_transformers_greedy_decoding(folder, tokenizer):
