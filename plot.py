@@ -1,16 +1,61 @@
-"""Figures from the JSON files of results/: `plot_kernels`. Needs matplotlib, development only."""
+"""Figures from measurements: metrics.jsonl of a run, or the JSON files that bench.py writes.
 
+    python plot.py sft runs/x/metrics.jsonl --out sft.png
+    python plot.py kernels results/kernels.json --out kernels.png
+
+Needs matplotlib (requirements-dev.txt). Nothing is drawn that is not in the file.
+"""
+
+import argparse
 import json
 from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from errors import InputError, reported
+from run_folder import read_records
+
+
+def plot_sft(metrics_path, png_path):
+    """Loss of every update, its mean over a hundredth of the run, and the learning rate."""
+    records = read_records(Path(metrics_path))
+    starts = [record for record in records if record.get("event") == "start"]
+    updates = [record for record in records if "step" in record]
+    if not starts or not updates:
+        raise InputError(f"{metrics_path}: no start or no update in it, expected a metrics.jsonl")
+    steps, losses = [r["step"] for r in updates], [r["loss"] for r in updates]
+    figure, (upper, lower) = plt.subplots(
+        2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"
+    )
+    window = max(1, len(losses) // 100)
+    if window > 1:
+        means = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
+        upper.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8, label="each update")
+        upper.plot(steps[window - 1 :], means, color="C0", label=f"mean of the last {window}")
+        upper.legend()
+    else:
+        upper.plot(steps, losses, color="C0")
+    upper.set(ylabel="loss, nats per trained token", title=title(starts[-1]))
+    upper.grid(alpha=0.3)
+    lower.plot(steps, [r["lr"] for r in updates], color="C1")
+    lower.set(ylabel="learning rate", xlabel="update")
+    figure.savefig(png_path, dpi=120)
+    plt.close(figure)
+
+
+def title(start):
+    """Model, data, batch and hardware of a run, from its start record."""
+    config, environment = start["config"], start["environment"]
+    data = ", ".join(Path(path).name for path in config["data"])
+    hardware = f"{environment['ranks']} x {environment['device']}, {config['dtype']}"
+    batch = f"{config['batch_size']} conversations an update"
+    return (
+        f"{Path(config['model']).name} on {data}, {batch}\n{hardware}, torch {environment['torch']}"
+    )
 
 
 def plot_kernels(json_path, png_path):
     """Attention's TFLOP/s by length and the loss's time and memory by tokens, ours and others'."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     results = json.loads(Path(json_path).read_text(encoding="utf-8"))
     attention = [r for r in results["attention"] if "ms" in r]
     first = attention[0]
@@ -40,3 +85,23 @@ def plot_kernels(json_path, png_path):
     figure.tight_layout()
     figure.savefig(png_path, dpi=120)
     plt.close(figure)
+
+
+PLOTS = {"sft": plot_sft, "kernels": plot_kernels}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=PLOTS)
+    parser.add_argument("source", help="the file of measurements")
+    parser.add_argument("--out", required=True, help="the PNG to write")
+    options = parser.parse_args()
+    plt.switch_backend("Agg")  # needs no screen
+    PLOTS[options.what](options.source, options.out)
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

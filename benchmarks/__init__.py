@@ -1,1 +1,1 @@
-"""Measurements behind `python bench.py`: kernels.py, step.py, and what they share in measure.py."""
+"""Measurements behind `python bench.py`, one a file, and what they share in measure.py."""

@@ -1,12 +1,15 @@
 """What every benchmark shares: times, FLOPs as pure functions, the record of where it ran."""
 
+import contextlib
 import json
+import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -59,17 +62,40 @@ def doc_start_of(lengths, device):
 
 def write(path, command, device, **content):
     """A JSON file of results with the hardware, versions, commit, command and date they are of."""
-    gpu = device.type == "cuda"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command,
-        "commit": commit.stdout.strip() or None,
-        "device": torch.cuda.get_device_name(device) if gpu else f"CPU {platform.machine()}",
-        "versions": {name: version(name) for name in ("torch", "triton")}
-        | {"python": platform.python_version(), "cuda": torch.version.cuda},
+        # Of paths only the last name: where this machine keeps its files is of no use elsewhere.
+        "command": re.sub(r"(?<=[ =])/(\S*/)?", "", command),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
         **content,
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
+
+
+def commit():
+    """The commit that runs, with a + where files were changed since; None outside git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def cpu_name():
+    """The processor as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{found[1].strip() if found else 'CPU'} ({platform.machine()})"
+
+
+def versions():
+    """Python, CUDA, and the packages that are installed."""
+    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for name in ("torch", "triton", "transformers", "safetensors", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

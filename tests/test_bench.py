@@ -1,10 +1,16 @@
 """benchmarks/: the FLOPs behind the rates, and a rehearsal at toy size."""
 
 import json
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
-from benchmarks import kernels, measure, step
+import bench
+from benchmarks import kernels, load, measure, sft, step
+from errors import InputError
+from model import LlamaConfig
 
 
 def test_attention_flops():
@@ -52,3 +58,70 @@ def test_step_rehearsal(tmp_path):
     results = json.loads((tmp_path / "step.json").read_text())
     assert results["losses"][-1] < results["losses"][0]
     assert results["tokens"] == 256 and results["tokens_per_second"] > 0
+
+
+SHAPE = LlamaConfig.from_dict(
+    {
+        "model_type": "llama",
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 5,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+)
+BLOCK = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 5  # weights of q, k, v, o, and of the MLP
+
+
+def test_flops_of_the_loops():
+    """Ours: tokens as they are, half the square; padded: the whole rectangle, the whole square."""
+    ours = 3 * (6 * BLOCK * 5 + 6 * (2 * 2 + 3 * 3) * 8) + 6 * 11 * 8 * 4
+    assert sft.loop_flops("ours", SHAPE, [2, 3], 4) == ours
+    assert sft.loop_flops("its products", SHAPE, [2, 3], 4) == ours - 3 * 6 * 13 * 8
+    padded = 2 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 6 * 11 * 8 * 3)
+    assert sft.loop_flops("transformers, 4", SHAPE, [2, 3], 4) == padded
+
+
+def test_products_are_the_loops_own():
+    """The matrix products that stand for our loop have the FLOPs that its weights ask for."""
+    config = sft.SFTBenchConfig(micro_tokens=16)
+    products, done = sft.Products(config, SHAPE), []
+    products.products = lambda rows, n_in, n_out: done.append(6 * rows * n_in * n_out)
+    documents = [(np.arange(n), np.arange(n) > 0) for n in (9, 10, 4)]  # two rows
+    products.update(documents, 0.0)
+    assert sum(done) == sft.loop_flops("its products", SHAPE, [9, 10, 4], 8 + 9 + 3)
+
+
+def test_sft_rehearsal(tmp_path):
+    """`bench.py sft --toy` trains all loops to the same losses and writes what it measured."""
+    path = tmp_path / "sft.json"
+    flags = ["--toy", "--conversations", "40", "--batch-size", "20", "--micro-tokens", "200"]
+    sft.main([*flags, "--out", str(path)])
+    results = json.loads(path.read_text())
+    assert {"date", "commit", "device", "cores", "versions"} <= results.keys()
+    assert results["command"].endswith("--out sft.json") and str(tmp_path) not in path.read_text()
+    assert results["largest_loss_difference"] < sft.FP32_ROUNDING and results["speed_up"] > 0
+    for name, loop in results["loops"].items():
+        assert len(loop["seconds"]) == 2 and loop["gflop_per_update"] > 0
+        assert name == "its products" or loop["losses"][1] < loop["losses"][0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux counts it")
+def test_load_rehearsal(base, tmp_path, monkeypatch):
+    """`bench.py load --toy` measures our way (transformers' start takes 20 s) and writes it."""
+    monkeypatch.setattr(load, "WAYS", ("ours",))
+    path = tmp_path / "load.json"
+    load.main(
+        ["--toy", "--rounds", "1", "--ranks", "1", "--tokenizer", str(base), "--out", str(path)]
+    )
+    results = json.loads(path.read_text())
+    figures = results["figures"]["ours"]
+    assert figures["load"]["seconds"] > 0 and figures["save"]["peak_mb"] > 0
+    assert results["own_shards_mb"] == pytest.approx(4 * results["model"]["parameters"] / 1e6)
+
+
+def test_bench_names_the_benchmarks():
+    """An unknown benchmark is an input error that lists those there are."""
+    with pytest.raises(InputError, match="found nope, expected one of kernels, load, sft, step"):
+        bench.main(["nope"])

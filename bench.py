@@ -1,0 +1,28 @@
+"""Timings to JSON: runs one of benchmarks/, each a file with a `main(arguments)`.
+
+    python bench.py sft [flags]        prints its figures and writes results/sft.json
+    python bench.py sft --help         lists the flags of that benchmark
+
+plot.py draws what results/ holds.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import threads  # noqa: F401, before torch
+from errors import InputError, reported
+
+
+def main(arguments):
+    found = {path.stem for path in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py")}
+    names = sorted(found - {"measure"})
+    if not arguments or arguments[0] not in names:
+        name = arguments[0] if arguments else "nothing"
+        raise InputError(f"bench.py: found {name}, expected one of {', '.join(names)}")
+    importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    with reported():
+        main(sys.argv[1:])
