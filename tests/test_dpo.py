@@ -269,6 +269,7 @@ def test_a_batch_equals_trls(base, preferences, tmp_path):
     means = dpo.metric_sums(loss, chosen, rejected, logps) / len(pairs)
     assert (chosen - rejected).abs().min() > 1e-2  # far from ln 2, and of a sure sign
 
+    trainer.model.train()
     trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
     for name, value in zip(dpo.METRICS, means.tolist(), strict=True):
         # Log-probabilities of some hundreds carry fp32 errors of 1e-4, which beta multiplies.
