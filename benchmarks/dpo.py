@@ -74,9 +74,11 @@ def main(arguments):
         documents = first_pairs(config, folder)
         make_model(config, folder)
         shape = LlamaConfig.from_folder(folder)
-        loops = {"ours": OurLoop(config, folder, documents)}
+        ours = OurLoop(config, folder, documents)
+        loops = {"ours": ours}
         for rows in PADDED:
-            loops[f"transformers, {rows}"] = TheirLoop(config, folder, documents, rows)
+            theirs = TheirLoop(config, folder, documents, rows, ours.references)
+            loops[f"transformers, {rows}"] = theirs
         trl = bool(config.trl and find_spec("trl"))
         updates = measure(config, documents, loops, folder if trl else None)
     figures = summarise(documents, shape, updates)
@@ -140,17 +142,14 @@ class OurLoop:
 class TheirLoop:
     """Plain transformers: `rows` pairs in a padded batch, log-softmax of all its logits."""
 
-    def __init__(self, config, folder, documents, rows):
+    def __init__(self, config, folder, documents, rows, references):
         import transformers
 
         self.config, self.documents, self.rows = config, documents, rows
         self.model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.train()
         self.optimizer = make_optimizer(self.model, config)
-        n = len(documents) // 2
-        with torch.no_grad():
-            batches = [self.logps(range(i, min(i + rows, n))) for i in range(0, n, rows)]
-        self.references = torch.cat(batches, dim=1)  # (2, n)
+        self.references = references.T.float()  # (2, n), ours: that they are theirs, ln 2 shows
 
     def logps(self, pairs):
         """Summed log-probabilities (2, n) of the chosen and the rejected answers."""
