@@ -1,6 +1,7 @@
 """Figures from measurements: metrics.jsonl of a run, or the JSON files that bench.py writes.
 
     python plot.py sft runs/x/metrics.jsonl --out sft.png
+    python plot.py dpo runs/x/metrics.jsonl --out dpo.png
     python plot.py kernels results/kernels.json --out kernels.png
 
 Needs matplotlib (requirements-dev.txt). Nothing is drawn that is not in the file.
@@ -8,6 +9,7 @@ Needs matplotlib (requirements-dev.txt). Nothing is drawn that is not in the fil
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,24 +20,13 @@ from run_folder import read_records
 
 def plot_sft(metrics_path, png_path):
     """Loss of every update, its mean over a hundredth of the run, and the learning rate."""
-    records = read_records(Path(metrics_path))
-    starts = [record for record in records if record.get("event") == "start"]
-    updates = [record for record in records if "step" in record]
-    if not starts or not updates:
-        raise InputError(f"{metrics_path}: no start or no update in it, expected a metrics.jsonl")
+    start, updates = read_metrics(metrics_path, "loss", "lr")
     steps, losses = [r["step"] for r in updates], [r["loss"] for r in updates]
     figure, (upper, lower) = plt.subplots(
         2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(3, 1), layout="constrained"
     )
-    window = max(1, len(losses) // 100)
-    if window > 1:
-        means = [sum(losses[i - window : i]) / window for i in range(window, len(losses) + 1)]
-        upper.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8, label="each update")
-        upper.plot(steps[window - 1 :], means, color="C0", label=f"mean of the last {window}")
-        upper.legend()
-    else:
-        upper.plot(steps, losses, color="C0")
-    upper.set(ylabel="loss, nats per trained token", title=title(starts[-1]))
+    curve(upper, steps, losses)
+    upper.set(ylabel="loss, nats per trained token", title=title(start, "conversations"))
     upper.grid(alpha=0.3)
     lower.plot(steps, [r["lr"] for r in updates], color="C1")
     lower.set(ylabel="learning rate", xlabel="update")
@@ -43,12 +34,53 @@ def plot_sft(metrics_path, png_path):
     plt.close(figure)
 
 
-def title(start):
+def plot_dpo(metrics_path, png_path):
+    """Loss, margin of the rewards and accuracy of every update, each with its mean."""
+    names = ("loss", "rewards/margins", "rewards/accuracies")
+    start, updates = read_metrics(metrics_path, *names)
+    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 8), layout="constrained")
+    labels = ("loss, nats per pair", "margin of the rewards, nats", "pairs ranked as preferred")
+    for axis, name, label in zip(axes, names, labels, strict=True):
+        curve(axis, [r["step"] for r in updates], [r[name] for r in updates])
+        axis.set(ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].axhline(math.log(2), color="C7", linestyle=":")  # policy = reference
+    axes[2].set(ylim=(-0.02, 1.02), xlabel="update")
+    axes[0].set(title=title(start, "pairs"))
+    figure.savefig(png_path, dpi=120)
+    plt.close(figure)
+
+
+def read_metrics(path, *names):
+    """The last start and all updates of a metrics.jsonl whose updates have these fields."""
+    records = read_records(Path(path))
+    starts = [record for record in records if record.get("event") == "start"]
+    updates = [record for record in records if "step" in record]
+    if not starts or not updates:
+        raise InputError(f"{path}: no start or no update in it, expected a metrics.jsonl")
+    if missing := [name for name in names if name not in updates[0]]:
+        raise InputError(f"{path}: updates without {missing[0]}, expected those of another program")
+    return starts[-1], updates
+
+
+def curve(axis, steps, values):
+    """Every update, and in a run of 200 or more the mean over a hundredth of it."""
+    window = max(1, len(values) // 100)
+    if window > 1:
+        means = [sum(values[i - window : i]) / window for i in range(window, len(values) + 1)]
+        axis.plot(steps, values, color="C0", alpha=0.3, linewidth=0.8, label="each update")
+        axis.plot(steps[window - 1 :], means, color="C0", label=f"mean of the last {window}")
+        axis.legend()
+    else:
+        axis.plot(steps, values, color="C0")
+
+
+def title(start, examples):
     """Model, data, batch and hardware of a run, from its start record."""
     config, environment = start["config"], start["environment"]
     data = ", ".join(Path(path).name for path in config["data"])
     hardware = f"{environment['ranks']} x {environment['device']}, {config['dtype']}"
-    batch = f"{config['batch_size']} conversations an update"
+    batch = f"{config['batch_size']} {examples} an update"
     return (
         f"{Path(config['model']).name} on {data}, {batch}\n{hardware}, torch {environment['torch']}"
     )
@@ -87,7 +119,7 @@ def plot_kernels(json_path, png_path):
     plt.close(figure)
 
 
-PLOTS = {"sft": plot_sft, "kernels": plot_kernels}
+PLOTS = {"sft": plot_sft, "dpo": plot_dpo, "kernels": plot_kernels}
 
 
 def main():

@@ -41,7 +41,6 @@ recompute s and dp: 7 n² D, in return for sums without atomics, the same bits i
 """
 
 import math
-from itertools import pairwise
 
 import torch
 import triton
@@ -62,15 +61,14 @@ def attention(q, k, v, doc_start, layout=None):
 
 
 def attention_layout(doc_start):
-    """What attention needs besides doc_start, on CUDA doc_end (T,) int32, else a list of lengths.
+    """What attention needs besides doc_start: on CUDA doc_end (T,) int32, else documents' lengths.
 
-    Neither waits for the GPU: doc_start is sorted, so its own search gives where documents end.
+    The first does not wait for the GPU: doc_start is sorted, so a search in itself finds the ends.
     """
     if doc_start.is_cuda:
         return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
-    starts = (doc_start == torch.arange(len(doc_start))).nonzero()[:, 0].tolist()
-    # An empty row is one document of no tokens, so that q, k and v still get their gradients.
-    return [end - start for start, end in pairwise([*starts, len(doc_start)])] or [0]
+    starts = (doc_start == torch.arange(len(doc_start))).nonzero()[:, 0]
+    return starts.diff(append=torch.tensor([len(doc_start)]))
 
 
 def attention_reference(q, k, v, doc_start):
@@ -85,14 +83,16 @@ def attention_reference(q, k, v, doc_start):
     return torch.einsum("hij,jhd->ihd", p, v).to(q.dtype)
 
 
-def attention_cpu(q, k, v, lengths):
+@torch.compiler.disable  # it would compile anew for every batch's lengths
+def attention_cpu(q, k, v, layout):
     """One call of torch's blocked CPU attention per document.
 
     `split`, not slices: the backward of a slice fills a tensor of the whole row per document. Tried
     and no faster where training runs (documents of about 190 tokens): documents of similar length
     padded into one call, and the repeated key/value heads made once for the row.
     """
-    documents = []
+    # An empty row is one document of no tokens, so that q, k and v still get their gradients.
+    lengths, documents = layout.tolist() or [0], []
     for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         heads_first = (x.transpose(0, 1)[None] for x in one)  # (1, H or Hk, length, D)
         out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)

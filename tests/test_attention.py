@@ -59,7 +59,7 @@ def test_layout_holds_the_lengths_and_changes_nothing():
     """The layout made once per row is what `attention` would make itself."""
     lengths = [5, 1, 9]
     doc_start = doc_start_of(lengths)
-    assert attention_layout(doc_start) == lengths
+    assert attention_layout(doc_start).tolist() == lengths
     q, k, v, _ = make_inputs(lengths, 2, 1, 16, torch.float32)
     with_layout = attention(q, k, v, doc_start, attention_layout(doc_start))
     assert torch.equal(with_layout, attention(q, k, v, doc_start))

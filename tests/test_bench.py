@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import kernels, load, measure, sft, step
+from benchmarks import dpo, kernels, load, measure, sft, step
 from errors import InputError
 from model import LlamaConfig
 
@@ -107,6 +107,37 @@ def test_sft_rehearsal(tmp_path):
         assert name == "its products" or loop["losses"][1] < loop["losses"][0]
 
 
+def test_flops_of_the_dpo_loops():
+    """Ours makes the logits twice; padded, a rectangle of both sides; TRL's, twice at all of it."""
+    lengths, head = [2, 3, 3, 3], 2 * 11 * 8
+    ours = sft.loop_flops("ours", SHAPE, lengths, 7)
+    assert dpo.loop_flops("ours", SHAPE, lengths, 7) == ours + head * 7
+    padded = 4 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 3 * head * 3)
+    assert dpo.loop_flops("transformers, 2", SHAPE, lengths, 7) == padded
+    assert dpo.loop_flops("TRL, 2", SHAPE, lengths, 7) == padded + 4 * head * 3
+
+
+def test_dpo_rehearsal(base, tmp_path):
+    """`bench.py dpo --toy` trains all loops to the same losses and writes what it measured."""
+    records = []
+    for k in range(16):
+        prompt = {"role": "user", "content": f"What is {k} plus 2?"}
+        answers = (f"The answer is {k + 2}.", "The fox sleeps. " * (k % 3 + 1))
+        sides = ([prompt, {"role": "assistant", "content": answer}] for answer in answers)
+        records.append(dict(zip(("chosen", "rejected"), sides, strict=True)))
+    data, path = tmp_path / "pairs.jsonl", tmp_path / "dpo.json"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    flags = ["--toy", "--data", data, "--tokenizer", base, "--batch-size", 8, "--out", path]
+    figures = dpo.main([*map(str, flags), "--micro-tokens", "300"])
+    results = json.loads(path.read_text())
+    assert results["speed_up"] == figures["speed_up"] > 0 and results["updates"] == 2
+    assert results["largest_loss_difference"] < dpo.LOSS_TOLERANCE
+    assert {"ours", "transformers, 4", "transformers, 16"} <= results["loops"].keys()
+    for loop in results["loops"].values():
+        assert loop["losses"][0] == pytest.approx(np.log(2), abs=1e-5)
+        assert len(loop["seconds"]) == 2 and loop["gflop_per_update"] > 0
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux counts it")
 def test_load_rehearsal(base, tmp_path, monkeypatch):
     """`bench.py load --toy` measures our way (transformers' start takes 20 s) and writes it."""
@@ -123,5 +154,5 @@ def test_load_rehearsal(base, tmp_path, monkeypatch):
 
 def test_bench_names_the_benchmarks():
     """An unknown benchmark is an input error that lists those there are."""
-    with pytest.raises(InputError, match="found nope, expected one of kernels, load, sft, step"):
+    with pytest.raises(InputError, match="found nope, expected one of dpo, kernels"):
         bench.main(["nope"])

@@ -1,10 +1,8 @@
 """kernels/cross_entropy.py against its definition in fp64; the kernel in Triton's interpreter."""
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import kernels.cross_entropy
@@ -13,6 +11,7 @@ from kernels.cross_entropy import (
     linear_cross_entropy_reference,
     linear_cross_entropy_triton,
 )
+from parallel import start
 
 
 def make_inputs(N, V, E, dtype, seed=0):
@@ -178,18 +177,9 @@ def test_operator_has_shapes_for_the_compiler():
         )
 
 
-@pytest.fixture
-def one_process():
-    """A process group of this process alone."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-    dist.init_process_group("gloo")
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("function", BOTH)
 @pytest.mark.parametrize("promised", [False, True])
-def test_weight_gathered_by_fsdp(function, promised, one_process):
+def test_weight_gathered_by_fsdp(function, promised):
     """A sharded head, gathered for the root's passes, gets the gradient of a plain head."""
 
     class Root(torch.nn.Module):
@@ -200,10 +190,11 @@ def test_weight_gathered_by_fsdp(function, promised, one_process):
         def forward(self, hidden, labels):
             return function(hidden, self.lm_head.weight, labels, uniform_gradient=promised)
 
+    start()  # a process group of this process alone
     hidden, weight, labels, _ = make_inputs(5, 11, 16, torch.float32)
     root = Root()
     root.load_state_dict({"lm_head.weight": weight})
-    mesh = dist.init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh("cpu", (1,))
     precision = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
     fully_shard(root, mesh=mesh, mp_policy=precision)
     (root(hidden, labels).sum() * 0.5).backward()

@@ -244,6 +244,38 @@ def test_a_wrong_reference_stops_the_first_update():
         dpo.check_first_loss(0, 0.7, config)
 
 
+def test_a_batch_equals_trls(base, preferences, tmp_path):
+    """Loss, rewards, margins, accuracies and log-probabilities of DPOTrainer, where it is there.
+
+    On the same tokens, with its own reference, after the same change to both models' weights.
+    """
+    pytest.importorskip("trl")
+    from benchmarks.dpo import DPOBenchConfig, trl_trainer
+
+    documents = Documents([preferences], base, 200, encode_pair, per_record=2)
+    config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)
+    model, device = loaded(base)
+    pairs = np.array([3, 0, 18, 7])
+    reference = reference_logps(model, documents, config, device)[pairs]
+    bench = DPOBenchConfig(max_seq_len=200, batch_size=4, beta=0.2)
+    trainer = trl_trainer(bench, base, documents, pairs.tolist(), output_dir=str(tmp_path))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+        model.load_state_dict(trainer.model.state_dict())
+        logps = answer_logps(model, documents, pairs, device)
+    loss, chosen, rejected = dpo.dpo_loss(*logps.T, *reference.to(logps).T, bench.beta)
+    means = dpo.metric_sums(loss, chosen, rejected, logps) / len(pairs)
+    assert (chosen - rejected).abs().min() > 1e-2  # far from ln 2, and of a sure sign
+
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    for name, value in zip(dpo.METRICS, means.tolist(), strict=True):
+        # Log-probabilities of some hundreds carry fp32 errors of 1e-4, which beta multiplies.
+        assert trainer.batches[0][name] == pytest.approx(value, rel=1e-5, abs=1e-4), name
+
+
 # ---- The program
 
 

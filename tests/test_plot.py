@@ -14,23 +14,27 @@ def write_log(path, updates):
     config = {"model": "/x/llama", "data": ["/x/chats.jsonl"], "batch_size": 8, "dtype": "float32"}
     environment = {"ranks": 2, "device": "H100", "torch": "2.13"}
     records = [{"event": "start", "config": config, "environment": environment}]
-    records += [{"step": k + 1, "loss": 3 / (k + 1), "lr": 1e-3 * k} for k in range(updates)]
+    rewards = {"rewards/margins": 0.5, "rewards/accuracies": 0.75}
+    records += [
+        {"step": k + 1, "loss": 3 / (k + 1), "lr": 1e-3 * k, **rewards} for k in range(updates)
+    ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": ')
     return records[0]
 
 
+@pytest.mark.parametrize("draw", [plot.plot_sft, plot.plot_dpo])
 @pytest.mark.parametrize("updates", [1, 250])
-def test_sft(tmp_path, updates):
+def test_runs(tmp_path, updates, draw):
     """A picture comes out, of one update as of many."""
     write_log(tmp_path / "metrics.jsonl", updates)
-    plot.plot_sft(tmp_path / "metrics.jsonl", tmp_path / "sft.png")
-    image = matplotlib.image.imread(tmp_path / "sft.png")
+    draw(tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    image = matplotlib.image.imread(tmp_path / "run.png")
     assert image.std() > 0.01  # not one colour
 
 
 def test_title_names_model_data_and_hardware(tmp_path):
     """By their last names: no path of the machine."""
-    title = plot.title(write_log(tmp_path / "metrics.jsonl", 1))
+    title = plot.title(write_log(tmp_path / "metrics.jsonl", 1), "pairs")
     assert "llama on chats.jsonl" in title and "2 x H100" in title and "/x" not in title
 
 
@@ -39,3 +43,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(InputError, match="other.jsonl"):
         plot.plot_sft(tmp_path / "other.jsonl", tmp_path / "sft.png")
+    start = write_log(tmp_path / "metrics.jsonl", 0)
+    (tmp_path / "sft.jsonl").write_text(json.dumps(start) + '\n{"step": 1, "loss": 3, "lr": 0}\n')
+    with pytest.raises(InputError, match="sft.jsonl: updates without rewards/margins"):
+        plot.plot_dpo(tmp_path / "sft.jsonl", tmp_path / "dpo.png")
