@@ -186,15 +186,19 @@ def main(flags):
         start_records(metrics, first, record)
     say(documents.summary())
     say(f"{identical_answers(documents):,} pairs of identical answers")
-    if len(pair_lengths) < config.batch_size:
-        say(f"warning: --batch-size {config.batch_size} is more than that: one update an epoch")
+    if rank == 0 and len(pair_lengths) < config.batch_size:
+        print(
+            f"warning: {len(pair_lengths):,} pairs are fewer than --batch-size "
+            f"{config.batch_size:,}; an update takes them all, one an epoch",
+            file=sys.stderr,
+        )
     say(
         f"{total:,} updates of {config.batch_size} pairs, {per_epoch:,} an epoch"
         + (f", continued after {first:,}" if first else "")
     )
 
     peak = peak_flops(device)
-    signals = watch_signals()
+    signals, stop = watch_signals(), False
     bar = tqdm(total=last, initial=first, unit="update", disable=rank > 0, dynamic_ncols=True)
     for step in range(first, last):
         started = time.perf_counter()
