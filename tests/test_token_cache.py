@@ -112,7 +112,7 @@ def test_an_error_in_a_worker_names_file_and_line(data, model, monkeypatch):
 class Pool:
     """Stands for the process pool; a task is done when its result is asked for."""
 
-    def __init__(self, workers, mp_context):
+    def __init__(self, workers, *rest):
         self.submitted = 0
 
     def __enter__(self):
