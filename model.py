@@ -150,8 +150,8 @@ class Llama(nn.Module):
         promises that the loss is a multiple of its sum (see kernels/cross_entropy.py).
         Without: logits (N, V) fp32.
 
-        The head sees only `predict`: three quarters of a conversation are often not trained. It is
-        applied here, not by the caller, because FSDP2 gathers its weight only for this call.
+        The head sees only `predict`: prompts, which are not trained, never reach it. It is applied
+        here, not by the caller, because FSDP2 gathers its weight only for this call.
         """
         hidden = self.model(input_ids, doc_start)[predict]  # (N, E)
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight

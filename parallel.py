@@ -49,7 +49,7 @@ def die_with_parent():
 
 
 def shard(model, device, dtype, recompute=False, compile=False):
-    """Wrap a model built on the meta device in FSDP2, block by block, in place.
+    """Wrap a model built on the meta device in FSDP2, in place; one fp32 rank needs none.
 
     Each rank then has memory, not filled yet, for its own slices alone. Master weights, gradients
     and their reduction are fp32; `dtype` is what the blocks compute in.
