@@ -1,0 +1,197 @@
+"""What the benchmarks share: their options, prompts, records, and how a mean and its error are made.
+
+A benchmark is a file of plain functions: `load` its items, `prompt` one, `score` an answer, and
+`evaluate` all, which is a loop of this shape:
+
+    for own in records.pending(items):                  this rank's part of what is still to do
+        prompts = [prompt(generator.tokenizer, item, options) for item in own]
+        completions = generator.generate(prompts, SAMPLING, seeds=[seed_of(i) for i in own])
+        records.add([… one dict for each item …])       written by rank 0, known to every rank
+    return result(…)                                    from records.of(items)
+"""
+
+import csv
+import gzip
+import json
+import os
+import random
+import statistics
+import zlib
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from errors import InputError
+from parallel import gather_lists
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for every benchmark of an evaluation."""
+
+    full: bool = False  # all items, where the paper drew a sample
+    chat: bool = True  # Tulu's chat format; a base model is asked without
+    mmlu_shots: int = 0
+    seed: int = 42  # of samples of items and of tokens
+
+
+class Records:
+    """The JSON lines of an evaluation: a record for each item of each task, with its verdict.
+
+    An evaluation that was interrupted finds its records there, and goes on with the items that have
+    none. Every rank knows all of them; rank 0 writes.
+    """
+
+    def __init__(self, path, found=()):
+        """found: the records of `path`, from an earlier start."""
+        self.path, self.task, self.found = path, None, {}
+        for record in found:
+            self.found[record["task"], record["id"]] = record
+
+    def pending(self, items, per_rank=64):
+        """Lists of this rank's items without a record; `add` theirs before the next. A bar shows.
+
+        items: dicts with an "id" that is unique in the task.
+        """
+        rank, world = dist.get_rank(), dist.get_world_size()
+        left = [item for item in items if (self.task, item["id"]) not in self.found]
+        self.bar = tqdm(total=len(items), initial=len(items) - len(left), desc=self.task,
+                        unit="item", disable=rank > 0, dynamic_ncols=True)  # fmt: skip
+        for begin in range(0, len(left), per_rank * world):
+            yield left[begin : begin + per_rank * world][rank::world]
+        self.bar.close()
+
+    def add(self, own):
+        """Keep this rank's records: dicts with the item's "id". Every rank calls it."""
+        fresh = [{"task": self.task, **record} for record in gather_lists(own)]
+        for record in fresh:
+            self.found[self.task, record["id"]] = record
+        if dist.get_rank() == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh)
+        self.bar.update(len(fresh))
+
+    def of(self, items):
+        """The records of `items`, in their order."""
+        return [self.found[self.task, item["id"]] for item in items]
+
+
+# ---- Prompts
+
+
+def ask(tokenizer, text, options, prefill=""):
+    """Token ids of one user turn and the beginning of its answer, or of the bare text.
+
+    Without chat format the prefill follows the text after a space, if it does not end in white
+    space already.
+    """
+    if options.chat:
+        return tokenizer.prompt([{"role": "user", "content": text}], prefill)
+    joint = " " if prefill and not text[-1:].isspace() else ""
+    return tokenizer.raw(text + joint + prefill)
+
+
+def fewest_dropped(make, shots, most_tokens):
+    """(ids, shots left out): `make(k)` with the last k examples, k as large as `most_tokens` allows.
+
+    The examples nearest to the question stay. With none left, the prompt is what it is.
+    """
+    for dropped in range(shots + 1):
+        ids = make(shots - dropped)
+        if len(ids) <= most_tokens:
+            return ids, dropped
+    return ids, shots
+
+
+# ---- Items
+
+
+def sample(items, n, options):
+    """The paper's n items, drawn by `options.seed`, in their order; all with --full or too few."""
+    if options.full or n >= len(items):
+        return list(items)
+    chosen = random.Random(options.seed).sample(range(len(items)), n)
+    return [items[i] for i in sorted(chosen)]
+
+
+def seed_of(item):
+    """A number that is the item's own, whatever else is asked: the source of its samples."""
+    return zlib.crc32(str(item["id"]).encode())
+
+
+def need(folder, name):
+    """The path of a benchmark's file; raises `InputError` where it is missing."""
+    path = folder / name
+    if not path.exists():
+        raise InputError(f"{path}: no such file, expected the benchmark's as published")
+    return path
+
+
+def read_jsonl(path, fields):
+    """Records of a .jsonl or .jsonl.gz; raises `InputError` for a line without one of `fields`."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    records = []
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    records.append(checked(json.loads(line), fields, f"{path}:{number}"))
+    except (ValueError, EOFError, gzip.BadGzipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}:{len(records) + 1}: not JSON lines ({error})") from None
+    return records
+
+
+def read_json(path):
+    """The content of a .json file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
+def read_csv(path, columns=None):
+    """Rows of a .csv as dicts by its header, or by `columns` where it has none."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file, columns))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            expected = ", ".join(name for name in row if name)
+            raise InputError(f"{path}: record {number} has other columns than {expected}")
+    return rows
+
+
+def checked(record, fields, where):
+    """The record, if it is an object with all `fields`."""
+    missing = [f for f in fields if f not in record] if isinstance(record, dict) else ["an object"]
+    if missing:
+        raise InputError(f"{where}: found no {missing[0]}, expected {', '.join(fields)}")
+    return record
+
+
+# ---- Results
+
+
+def mean_and_error(values):
+    """Mean and its standard error, both times 100, of scores from 0 to 1."""
+    mean = statistics.fmean(values)
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return 100 * mean, 100 * error
+
+
+def result(metric, score, error, n, settings, **more):
+    """What evaluate.py prints and writes of a task: the score in percent and how it came about."""
+    return {"metric": metric, "score": score, "stderr": error, "n": n, "settings": settings, **more}
+
+
+def finishes(records):
+    """How many answers ended why."""
+    found = [record["finish"] for record in records]
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def is_main():
+    """Whether this process is rank 0, which writes."""
+    return int(os.environ.get("RANK", 0)) == 0
