@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from chat import Tokenizer
+from errors import InputError
 from model import Llama, LlamaConfig
 
 FOLDER = Path("runs/demo")
@@ -232,6 +233,16 @@ def make_model(folder):
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=CONFIG["initializer_range"], generator=generator)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def newest_model(folder: Path = FOLDER) -> Path:
+    """The demo's model after DPO, or else after SFT; raises `InputError` where neither is there."""
+    for place in (Path(folder) / "dpo", Path(folder) / "sft"):
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(
+        f"{folder}: no demo model, expected one made by `torchrun sft.py` (or --model DIR)"
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, prompts, records, and how a mean and its error are made.
+"""What the benchmarks share: options, prompts, items, records, a mean and its error.
 
 A benchmark is a file of plain functions: `load` its items, `prompt` one, `score` an answer, and
 `evaluate` all, which is a loop of this shape:
@@ -93,7 +93,7 @@ def ask(tokenizer, text, options, prefill=""):
 
 
 def fewest_dropped(make, shots, most_tokens):
-    """(ids, shots left out): `make(k)` with the last k examples, k as large as `most_tokens` allows.
+    """(ids, shots left out): `make(k)` with the last k examples, as many as `most_tokens` allows.
 
     The examples nearest to the question stay. With none left, the prompt is what it is.
     """
