@@ -21,20 +21,10 @@ from checkpoint import load_hf
 from errors import InputError
 from graphs import GraphedStep
 from model import Llama, LlamaConfig
+from sampling import choose, complete
 
 ROW_TOKENS = 8192  # most tokens read in one forward pass, where there is more than one prompt
 WORTH_SHARING = 32  # tokens: a shorter common beginning is read again with each prompt
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen, and when to end."""
-
-    max_new_tokens: int = 1024
-    temperature: float = 0.0  # 0: always the likeliest token
-    top_p: float = 1.0  # of the fewest likeliest tokens with this much probability together
-    stop: tuple[str, ...] = ()  # an answer ends before the first of these strings
-    seed: int = 42
 
 
 @dataclass
@@ -306,30 +296,3 @@ class TextGenerator:
 
     def tensor(self, values):
         return torch.tensor(values, dtype=torch.long, device=self.device)
-
-
-def complete(text, stops):
-    """How much of an unfinished answer may be shown: no half of a character or of a stop string."""
-    if text.endswith("\ufffd"):  # bytes of a character that is not whole
-        return len(text.rstrip("\ufffd"))
-    halves = (k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k]))
-    return len(text) - max(halves, default=0)
-
-
-def choose(logits, sequences, sampling):
-    """The next token (B,) of each sequence from logits (B, V): the likeliest, or a sample.
-
-    Sampling draws one number u from each sequence's own source and takes the first token, likeliest
-    first, at which the cumulative probability passes u times that of all tokens allowed by top_p
-    (nucleus sampling: Holtzman et al. 2020, section 3.1).
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    u = torch.tensor([[s.random.random()] for s in sequences], device=logits.device)
-    p, tokens = (logits / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
-    total = p.double().cumsum(-1)
-    # Tokens are allowed up to the first at which the probability of all so far reaches top_p.
-    allowed = (total - p < sampling.top_p).sum(-1, keepdim=True)
-    mass = total.gather(1, allowed - 1)
-    rank = torch.searchsorted(total, u.double() * mass, right=True).minimum(allowed - 1)
-    return tokens.gather(1, rank)[:, 0]

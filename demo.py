@@ -28,9 +28,10 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 
-from decoding import Sampling, TextGenerator
+from decoding import TextGenerator
 from errors import InputError
 from model import Llama, LlamaConfig
+from sampling import Sampling
 
 FOLDER = Path("runs/demo")
 

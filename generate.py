@@ -29,10 +29,11 @@ from tqdm import tqdm
 
 import demo
 import sft
-from decoding import Sampling, TextGenerator
+from decoding import TextGenerator
 from errors import InputError, reported
 from parallel import gather_lists, start
 from readers import parse, read_batches
+from sampling import Sampling
 from schemas import check_messages
 from training import check_bounds, parse_args
 

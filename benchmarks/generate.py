@@ -24,11 +24,12 @@ import torch
 
 from benchmarks.measure import write
 from chat import Tokenizer
-from decoding import Sampling, TextGenerator
+from decoding import TextGenerator
 from errors import InputError
 from evals.harness import read_jsonl
 from model import Llama, LlamaConfig
 from parallel import start
+from sampling import Sampling
 from training import parse_args
 
 SHAPE = (

@@ -9,8 +9,9 @@ import torch
 from test_model import TINY, TOLERANCE, VARIANTS, make_pair
 
 from chat import Tokenizer
-from decoding import Sampling, TextGenerator, choose, complete
+from decoding import TextGenerator
 from errors import InputError
+from sampling import Sampling, choose, complete
 
 EOS = 2
 LENGTHS = (1, 2, 7, 30, 64)
