@@ -28,6 +28,7 @@ class KVCache:
 
     def __init__(self, config, slots, capacity, device, dtype):
         self.slots, self.capacity = slots, capacity
+        self.group = config.num_attention_heads // config.num_key_value_heads
         shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
         # Zeros: masked scores of memory never written could be NaN, and NaN · 0 is NaN.
@@ -104,6 +105,10 @@ class SuffixPass(Pass):
 
     def __init__(self, cache, slots, starts, lengths, device):
         self.documents = list(zip(slots, starts, lengths, strict=True))
+        self.masks = []  # (G·n, end) of each document, the same in all layers
+        for _, begin, n in self.documents:
+            seen = torch.ones(n, begin + n, dtype=torch.bool, device=device).tril(begin)
+            self.masks.append(seen.repeat(cache.group, 1))
         positions = [torch.arange(begin, begin + n) for _, begin, n in self.documents]
         super().__init__(cache, None, torch.cat(positions).to(device))
 
@@ -111,14 +116,14 @@ class SuffixPass(Pass):
         (_, H, D), Hk = q.shape, k.shape[1]
         lengths, outs = [n for *_, n in self.documents], []
         split = (x.split(lengths) for x in (q, k, v))
-        for (slot, begin, n), q_own, k_own, v_own in zip(self.documents, *split, strict=True):
+        for (slot, begin, n), seen, q_own, k_own, v_own in zip(
+            self.documents, self.masks, *split, strict=True
+        ):
             end = begin + n
             keys[slot, :, begin:end] = k_own.transpose(0, 1)
             values[slot, :, begin:end] = v_own.transpose(0, 1)
             # The group's queries one after another: row g·n + i is query i of the group's head g.
             grouped = q_own.view(n, Hk, H // Hk, D).permute(1, 2, 0, 3).reshape(1, Hk, -1, D)
-            seen = torch.ones(n, end, dtype=torch.bool, device=q.device).tril(begin)
-            seen = seen.repeat(H // Hk, 1)
             known = (x[None, slot, :, :end] for x in (keys, values))  # (1, Hk, end, D)
             out = scaled_dot_product_attention(grouped, *known, seen)
             outs.append(out.view(Hk, H // Hk, n, D).permute(2, 0, 1, 3).reshape(n, H, D))

@@ -12,6 +12,7 @@ A benchmark is a file of plain functions: `load` its items, `prompt` one, `score
 
 import csv
 import gzip
+import itertools
 import json
 import os
 import random
@@ -49,18 +50,26 @@ class Records:
         for record in found:
             self.found[record["task"], record["id"]] = record
 
-    def pending(self, items, per_rank=64):
+    def pending(self, items, per_rank=64, together=None):
         """Lists of this rank's items without a record; `add` theirs before the next. A bar shows.
 
-        items: dicts with an "id" that is unique in the task.
+        items: dicts with an "id" that is unique in the task. together: a field; a list holds
+        neighbours with one value of it, whose prompts begin alike (decoding.py reads that once).
         """
         rank, world = dist.get_rank(), dist.get_world_size()
         left = [item for item in items if (self.task, item["id"]) not in self.found]
-        self.bar = tqdm(total=len(items), initial=len(items) - len(left), desc=self.task,
+        self.done = len(items) - len(left)
+        self.bar = tqdm(total=len(items), initial=self.done, desc=self.task,
                         unit="item", disable=rank > 0, dynamic_ncols=True)  # fmt: skip
-        for begin in range(0, len(left), per_rank * world):
-            yield left[begin : begin + per_rank * world][rank::world]
+        for _, group in itertools.groupby(left, lambda item: together and item[together]):
+            group = list(group)
+            for begin in range(0, len(group), per_rank * world):
+                yield group[begin : begin + per_rank * world][rank::world]
         self.bar.close()
+
+    def advance(self):
+        """Move the bar as this rank has one more answer; the others will have theirs, too."""
+        self.bar.update(min(dist.get_world_size(), self.bar.total - self.bar.n))
 
     def add(self, own):
         """Keep this rank's records: dicts with the item's "id". Every rank calls it."""
@@ -70,7 +79,8 @@ class Records:
         if dist.get_rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh)
-        self.bar.update(len(fresh))
+        self.done += len(fresh)
+        self.bar.update(self.done - self.bar.n)  # what `advance` foresaw is counted here
 
     def of(self, items):
         """The records of `items`, in their order."""
@@ -83,11 +93,11 @@ class Records:
 def ask(tokenizer, text, options, prefill=""):
     """Token ids of one user turn and the beginning of its answer, or of the bare text.
 
-    Without chat format the prefill follows the text after a space, if it does not end in white
-    space already.
+    The text is not stripped: the paper's training did that, its evaluation did not. Without chat
+    format the prefill follows after a space, if the text does not end in white space already.
     """
     if options.chat:
-        return tokenizer.prompt([{"role": "user", "content": text}], prefill)
+        return tokenizer.raw(f"<|user|>\n{text}\n<|assistant|>\n{prefill}")
     joint = " " if prefill and not text[-1:].isspace() else ""
     return tokenizer.raw(text + joint + prefill)
 
@@ -129,7 +139,7 @@ def need(folder, name):
 
 
 def read_jsonl(path, fields):
-    """Records of a .jsonl or .jsonl.gz; raises `InputError` for a line without one of `fields`."""
+    """Records of a .jsonl or .jsonl.gz, each `checked`; raises `InputError` with the line."""
     opener = gzip.open if path.suffix == ".gz" else open
     records = []
     try:
@@ -144,30 +154,48 @@ def read_jsonl(path, fields):
     return records
 
 
+def read_text(path):
+    """The content of a text file, which must be UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from None
+
+
 def read_json(path):
     """The content of a .json file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
 def read_csv(path, columns=None):
     """Rows of a .csv as dicts by its header, or by `columns` where it has none."""
+    rows = []
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file, columns))
-    for number, row in enumerate(rows, 1):
-        if None in row or None in row.values():
-            expected = ", ".join(name for name in row if name)
-            raise InputError(f"{path}: record {number} has other columns than {expected}")
+        reader = csv.DictReader(file, columns, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    expected = ", ".join(name for name in row if name)
+                    raise InputError(f"{path}:{reader.line_num}: has other columns than {expected}")
+                rows.append(row)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{path}:{reader.line_num + 1}: not CSV ({error})") from None
     return rows
 
 
 def checked(record, fields, where):
-    """The record, if it is an object with all `fields`."""
-    missing = [f for f in fields if f not in record] if isinstance(record, dict) else ["an object"]
-    if missing:
-        raise InputError(f"{where}: found no {missing[0]}, expected {', '.join(fields)}")
+    """The record, if it is an object with all `fields`: names, or a dict of names and types."""
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: found no object, expected one with {', '.join(fields)}")
+    for name in fields:
+        if name not in record:
+            raise InputError(f"{where}: found no {name}, expected {', '.join(fields)}")
+        if isinstance(fields, dict) and not isinstance(record[name], fields[name]):
+            found, expected = type(record[name]).__name__, fields[name].__name__
+            raise InputError(f"{where}: {name} is a {found}, expected a {expected}")
     return record
 
 
@@ -175,10 +203,19 @@ def checked(record, fields, where):
 
 
 def mean_and_error(values):
-    """Mean and its standard error, both times 100, of scores from 0 to 1."""
-    mean = statistics.fmean(values)
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    return 100 * mean, 100 * error
+    """Mean and its standard error, both times 100, of scores from 0 to 1; a single one has none."""
+    mean = 100 * statistics.fmean(values)
+    if len(values) == 1:
+        return mean, None
+    return mean, 100 * statistics.stdev(values) / len(values) ** 0.5
+
+
+def mean_of_means(groups):
+    """Mean of the groups' means, each counting alike, and its standard error; both times 100."""
+    means, errors = zip(*map(mean_and_error, groups), strict=True)
+    if None in errors:
+        return statistics.fmean(means), None
+    return statistics.fmean(means), sum(error**2 for error in errors) ** 0.5 / len(errors)
 
 
 def result(metric, score, error, n, settings, **more):

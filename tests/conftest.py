@@ -7,12 +7,13 @@ import threads  # noqa: F401, before torch
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # Without a GPU Triton's interpreter runs the kernels; it has to know before the first import.
 if not torch.cuda.is_available():
@@ -108,6 +109,17 @@ def base(tmp_path_factory, tokenizer_folder):
         for name, shape in shapes.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory, base):
+    """`base` with matrices six times as large: its greedy answers vary with the prompt."""
+    folder = tmp_path_factory.mktemp("lively")
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    weights = load_file(base / "model.safetensors")
+    weights = {name: w * 6 if w.dim() == 2 else w for name, w in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
