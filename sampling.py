@@ -31,8 +31,8 @@ def choose(logits, sequences, sampling):
     u = [[sequence.random.random()] for sequence in sequences]
     u = torch.tensor(u, dtype=torch.float64, device=logits.device)
     p = (logits / sampling.temperature).softmax(-1)
-    # Of a trained model the likeliest few nearly always have top_p together, and finding those takes
-    # 7 ms where sorting everything takes 88, for (16, 32,000) on 2 CPU cores.
+    # Of a trained model the likeliest few nearly always have top_p together, and finding those
+    # takes 7 ms where sorting everything takes 88, for (16, 32,000) on 2 CPU cores.
     for k in (256, p.shape[-1]):
         likeliest, tokens = p.topk(min(k, p.shape[-1]))
         total = likeliest.double().cumsum(-1)

@@ -16,7 +16,6 @@ brackets (dyck_languages) equals every other of its length, and -7 is 7 (multist
 import re
 import string
 
-from decoding import Sampling
 from errors import InputError
 from evals.harness import (
     ask,
@@ -31,6 +30,7 @@ from evals.harness import (
     result,
     sample,
 )
+from sampling import Sampling
 
 SAMPLED = 40  # of each task
 MAX_NEW_TOKENS = 512

@@ -13,7 +13,6 @@ comparison ignores punctuation, so that 3.5 is 35, 18.00 is not 18, and -5 is 5.
 import re
 from pathlib import Path
 
-from decoding import Sampling
 from errors import InputError
 from evals.harness import (
     ask,
@@ -25,6 +24,7 @@ from evals.harness import (
     result,
     sample,
 )
+from sampling import Sampling
 
 SAMPLED = 200
 MAX_NEW_TOKENS = 512

@@ -19,7 +19,6 @@ import string
 from collections import Counter
 from pathlib import Path
 
-from decoding import Sampling
 from errors import InputError
 from evals.harness import (
     ask,
@@ -32,6 +31,7 @@ from evals.harness import (
     read_json,
     result,
 )
+from sampling import Sampling
 
 SAMPLED = 100  # of each language
 MAX_NEW_TOKENS = 50
