@@ -109,6 +109,9 @@ def main(flags):
             os.replace(aside, out)
     if rank == 0:
         print(table(results))
+        for task, result in results["tasks"].items():
+            if "judge" in result:
+                print(f"{task}: {result['outputs']} is for the judge: {result['judge']}")
         print(f"{out}: the scores; {lines}: every prompt and answer")
 
 
@@ -190,7 +193,7 @@ def table(results):
 def shown(result):
     """Score and standard error; what has no score needs its judge."""
     if result["score"] is None:
-        return "see below" if "outputs" in result else "no score"
+        return "see below"
     error = f" ± {result['stderr']:.1f}" if result["stderr"] is not None else ""
     return f"{result['score']:.1f}{error}"
 
