@@ -71,7 +71,7 @@ class TextGenerator:
         self.context = context or model.config.max_position_embeddings
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
-        self.cache = None
+        self.cache, self.read = None, []  # read: the tokens of a stream that slot 0 holds
         self.graphs = GraphedStep(self.step) if self.device.type == "cuda" else None
 
     @classmethod
@@ -103,8 +103,8 @@ class TextGenerator:
             elif advance:
                 advance()
         waiting.sort(key=lambda sequence: len(sequence.prompt))  # the longest is taken first
-        active, longest = [], max((len(s.prompt) + s.most for s in waiting), default=0)
-        self.make_room(longest)
+        self.make_room(max((len(s.prompt) + s.most for s in waiting), default=0))
+        active = []
         shared = self.read_shared([s.prompt for s in waiting])
         while waiting or active:
             logits = []
@@ -126,6 +126,37 @@ class TextGenerator:
                     if advance:
                         advance()
         return done
+
+    @torch.inference_mode()
+    def stream(self, ids, sampling):
+        """Yield `(text, finish)` of one answer piece by piece; finish is None but in the last.
+
+        What the last stream read of the same beginning (the earlier turns of a chat) is not read
+        again, also where that stream was closed before its end.
+        """
+        most = min(sampling.max_new_tokens, self.context - len(ids))
+        if most < 1:
+            raise InputError(f"a prompt has {len(ids)} tokens, the model's context {self.context}")
+        if self.cache is None or self.cache.capacity < len(ids) + most:
+            self.make_room(min(2 * (len(ids) + most), self.context))  # room to go on
+        known = len(os.path.commonprefix([self.read, ids[:-1]]))
+        sequence = Sequence(0, ids, most, np.random.default_rng([sampling.seed, len(ids)]))
+        self.read = self.read[:known]
+        suffix = SuffixPass(self.cache, [0], [known], [len(ids) - known], self.device)
+        last = self.tensor([len(ids) - known - 1])
+        logits = self.model(self.tensor(ids[known:]), None, last, cache=suffix)
+        self.read, shown, finish = list(ids), 0, None
+        while True:
+            finish = self.take(sequence, choose(logits, [sequence], sampling).item(), sampling)
+            answer = self.completion(sequence, finish, sampling).text
+            ready = len(answer) if finish else complete(answer, sampling.stop)
+            if finish or ready > shown:
+                yield answer[shown:ready], finish
+            if finish:
+                return
+            shown = max(shown, ready)
+            logits = self.next_logits([sequence])
+            self.read.append(sequence.new[-1])
 
     @torch.inference_mode()
     def option_logps(self, prompts, options):
@@ -172,6 +203,7 @@ class TextGenerator:
 
     def make_room(self, tokens):
         """A cache whose slots hold `tokens`, and one slot more for the shared beginning."""
+        self.read = []
         if tokens > self.context:
             raise InputError(
                 f"a prompt and its answer have {tokens} tokens, expected at most {self.context}"
@@ -274,6 +306,14 @@ class TextGenerator:
 
     def tensor(self, values):
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def complete(text, stops):
+    """How much of an unfinished answer may be shown: no half of a character or of a stop string."""
+    if text.endswith("\ufffd"):  # bytes of a character that is not whole
+        return len(text.rstrip("\ufffd"))
+    halves = (k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k]))
+    return len(text) - max(halves, default=0)
 
 
 def choose(logits, sequences, sampling):

@@ -86,7 +86,8 @@ def main(flags):
     out, lines = Path(config.out), Path(config.out).with_suffix(".jsonl")
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-        hold(os.open(lines, os.O_RDWR | os.O_CREAT), out)
+        lock = open(lines, "a")  # held until it is closed, with the end of this function
+        hold(lock, out)
     records = Records(lines, earlier_records(lines, run))
     dist.barrier()  # all have read before rank 0 writes
     if rank == 0:

@@ -32,17 +32,21 @@ class GraphedStep:
         B = len(tokens)
         rows = min(1 << (B - 1).bit_length(), cache.slots - 1)
         limit = min(-(-limit // STEP) * STEP, cache.capacity)
+        filled = torch.zeros(2, rows, dtype=torch.long, device=tokens.device)
+        filled[0, :B], filled[1, :B] = tokens, positions
         if (rows, limit) not in self.recorded:
-            self.recorded[rows, limit] = self.record(rows, limit, tokens.device)
+            self.recorded[rows, limit] = self.record(filled, limit)
         graph, inputs, logits = self.recorded[rows, limit]
-        inputs[0, :B], inputs[1, :B] = tokens, positions
-        inputs[:, B:] = 0
+        inputs.copy_(filled)
         graph.replay()
         return logits[:B]
 
-    def record(self, rows, limit, device):
-        """(graph, its inputs (2, rows): tokens and positions, its logits (rows, V))."""
-        inputs = torch.zeros(2, rows, dtype=torch.long, device=device)
+    def record(self, filled, limit):
+        """(graph, its inputs (2, rows): tokens and positions, its logits (rows, V)).
+
+        It is done with the real inputs, since it writes to the cache what they say.
+        """
+        inputs = filled.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiling, and first calls of libraries, cannot be recorded
