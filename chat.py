@@ -101,18 +101,22 @@ class Tokenizer:
         return [self.bos_id, *self.sp.encode(text)]
 
     def decode(self, ids):
-        """Text of generated ids; BOS and EOS leave no trace."""
-        return self.sp.decode(ids)
+        """Text of generated ids; BOS, EOS and ids without a piece leave no trace."""
+        return self.sp.decode(self.with_piece(ids))
 
     def continuation(self, ids):
         """Text of ids that go on from others: a space before its first word stays."""
         # SentencePiece drops it at the beginning of a text, so the text begins with a line feed.
-        return self.sp.decode([self.line_feed, *ids])[1:]
+        return self.sp.decode([self.line_feed, *self.with_piece(ids)])[1:]
+
+    def with_piece(self, ids):
+        """The ids that are the tokenizer's: a model may have more rows (padding) and choose one."""
+        return [i for i in ids if i < self.vocab_size]
 
     def visible(self, ids):
         """Text of any ids for a person to look at, BOS and EOS written out."""
         text = b""
-        for i in ids:
+        for i in self.with_piece(ids):
             piece = self.sp.id_to_piece(i)
             byte = self.sp.is_byte(i)
             text += bytes([int(piece[3:5], 16)]) if byte else piece.replace("▁", " ").encode()

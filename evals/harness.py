@@ -19,6 +19,7 @@ import random
 import statistics
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -221,6 +222,29 @@ def mean_of_means(groups):
 def result(metric, score, error, n, settings, **more):
     """What evaluate.py prints and writes of a task: the score in percent and how it came about."""
     return {"metric": metric, "score": score, "stderr": error, "n": n, "settings": settings, **more}
+
+
+def write_outputs(records, name, text):
+    """Write what a judge will read beside the records: `results.jsonl` → `results.{name}`.
+
+    Rank 0 writes; the path is returned on every rank.
+    """
+    path = Path(records.path).with_suffix(f".{name}")
+    if is_main():
+        aside = path.with_name(path.name + ".partial")
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    return str(path)
+
+
+def json_lines(rows):
+    """Text of a .jsonl file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def model_name(generator):
+    """What a judge's table shall call the model: its folder's name, without spaces."""
+    return "-".join(generator.tokenizer.path.resolve().parent.name.split())
 
 
 def finishes(records):

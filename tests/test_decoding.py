@@ -215,6 +215,15 @@ def test_continuation_keeps_the_space(tokenizer_folder):
                 assert head + tokenizer.continuation(ids[cut:]) == text
 
 
+def test_ids_without_a_piece_have_no_text(tokenizer_folder):
+    """A model whose embedding was padded can choose a row that the tokenizer has nothing for."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    ids = tokenizer.sp.encode("The dog")
+    padded = [ids[0], tokenizer.vocab_size, *ids[1:], tokenizer.vocab_size + 9]
+    assert tokenizer.continuation(padded) == tokenizer.continuation(ids) == " The dog"
+    assert tokenizer.decode(padded) == "The dog" and tokenizer.visible(padded) == " The dog"
+
+
 def test_the_step_compiles_without_a_break():
     """The step that a GPU records is one graph, and gives the same tokens."""
     ours, _ = make_pair(VARIANTS["2:1, like Code Llama"])
