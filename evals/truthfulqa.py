@@ -93,8 +93,8 @@ def closed(answer):
 
 def prompt(tokenizer, item, options, answer=""):
     """Token ids of primer, question and "A:", with an answer after it if there is one."""
-    # The line feed is for the bare text; around a user turn Tulu's format has its own.
-    text = f"{PRIMER}\n\nQ: {item['question']}\n"
+    # The bare text needs a line feed; around a user turn Tulu's format has its own.
+    text = f"{PRIMER}\n\nQ: {item['question']}" + ("" if options.chat else "\n")
     return ask(tokenizer, text, options, f"A: {answer}" if answer else "A:")
 
 

@@ -184,14 +184,14 @@ def test_bad_files_are_named(tmp_path):
     for rows, columns, message in [
         ([row[:4] + ("Dogs bark", "They fly")], COLUMNS, "record 1: expected a question, correct"),
         ([row[:5] + (" ; ",)], COLUMNS, "record 1: expected a question"),
-        ([row, row[:3]], COLUMNS, "record 2 has other columns"),
+        ([row, row[:3]], COLUMNS, "TruthfulQA.csv:3: has other columns"),
         ([row], [*COLUMNS[:5], "False"], "record 1: found no Incorrect Answers"),
         ([], COLUMNS, "found no questions"),
     ]:
         with pytest.raises(InputError, match=message):
             truthfulqa.load(write(tmp_path, rows, columns), Options())
     (tmp_path / "TruthfulQA.csv").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="TruthfulQA.csv: not CSV"):
+    with pytest.raises(InputError, match="TruthfulQA.csv:1: not CSV"):
         truthfulqa.load(tmp_path, Options())
 
 
