@@ -180,7 +180,7 @@ def forward_kernel(
                 s = tl.where(seen, s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, axis=1) * SCALE)
             r = tl.exp2(m - m_new)
-            p = tl.exp2(s * SCALE - m_new[:, None])  # one fused multiply-add and one exp2 an element
+            p = tl.exp2(s * SCALE - m_new[:, None])  # a fused multiply-add and an exp2 each
             l = l * r + tl.sum(p, axis=1)  # noqa: E741
             v_j = load_tile(v + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
             a = tl.dot(p.to(v_j.dtype), v_j, a * r[:, None], input_precision=DOT)
@@ -281,7 +281,8 @@ def blocks(kernel, dtype, shared_memory):
     tensor cores, to check the rest by.
     """
     if dtype == torch.float32:
-        return {"BM": 16, "BN": 16, "num_warps": 8 if kernel is backward_q_kernel else 4, "num_stages": 1}
+        warps = 8 if kernel is backward_q_kernel else 4
+        return {"BM": 16, "BN": 16, "num_warps": warps, "num_stages": 1}
     large = shared_memory >= 227 << 10
     BM, BN = {
         forward_kernel: (128, 128) if large else (128, 64),
@@ -293,7 +294,9 @@ def blocks(kernel, dtype, shared_memory):
 
 def shared_memory(x):
     """Bytes that a block may have on the GPU of x."""
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin if x.is_cuda else 0
+    if not x.is_cuda:
+        return 0
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
 
 
 # Custom operators, so that torch.compile keeps a kernel as one node of its graph. Their fakes tell

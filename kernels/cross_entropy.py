@@ -31,9 +31,9 @@ import triton.language as tl
 # Bytes of logits held at a time. On CPU, V = 32,000 and E = 256 in fp32 (2 cores): 64 MB (512 rows)
 # ran at 116 GFLOP/s, 8 MB at 81 (matrix products too flat), all 3,000 rows at 99 (out of cache).
 CPU_WORKSPACE = 64 << 20
-# On CUDA 2,048 rows of V = 32,000 in fp32. Every chunk also reads and writes the fp32 sum of dW once
-# (1 GB at E = 4,096), which many rows must share; with that sum (500 MiB, of which dW itself takes
-# the place of 250 at the end) the working memory stays below 600 MiB.
+# On CUDA 2,048 rows of V = 32,000 in fp32. Every chunk also reads and writes the fp32 sum of dW
+# once (1 GB at E = 4,096), which many rows must share; with that sum (500 MiB, of which dW itself
+# takes the place of 250 at the end) the working memory stays below 600 MiB.
 CUDA_WORKSPACE = 256 << 20
 # Rows come in multiples of this, whatever V: 1,024 rows times E = 4,096 are 128 tiles of 128 x 256,
 # about one for each multiprocessor of an H100 (132). Fewer would not fill it; 2,560, computed here
@@ -192,7 +192,8 @@ def cross_entropy_op(
         d_logits = workspace[: len(h)].view(hidden.dtype)[:, :V]
         softmax_kernel[(len(h),)](
             logits, d_logits, labels[i : i + rows], d_nll[i : i + rows] if gradient else nll,
-            nll[i : i + rows], V, logits.stride(0), d_logits.stride(0), gradient, **softmax_block(V),
+            nll[i : i + rows], V, workspace.stride(0), d_logits.stride(0), gradient,
+            **softmax_block(V),
         )  # fmt: skip
         if gradient:
             torch.mm(d_logits, weight, out=d_hidden[i : i + rows])
