@@ -159,10 +159,9 @@ def forward_kernel(
     H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out (T, H, D) and lse of one tile of queries of one head, by (2) and (3)."""
+    SCALE: tl.constexpr = D**-0.5 * LOG2E
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest walks start first
-    head = tl.program_id(1)
-    k += head // (H // Hk) * D
-    v += head // (H // Hk) * D
+    head, kv_head = tl.program_id(1), tl.program_id(1) // (H // Hk)
     i = first + tl.arange(0, BM)
     start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
     q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
@@ -173,17 +172,17 @@ def forward_kernel(
     for MASKED in tl.static_range(2):
         begin, end = (full, high) if MASKED else (low, full)
         for j0 in tl.range(begin, end, BN):
-            k_j = load_tile(k, j0, T, Hk * D, D, BN)  # (BN, D)
-            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BM, BN)
+            k_j = load_tile(k + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (BM, BN), not scaled yet
             if MASKED:
                 j = j0 + tl.arange(0, BN)
                 seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
                 s = tl.where(seen, s, -float("inf"))
-            m_new = tl.maximum(m, tl.max(s, axis=1))
+            m_new = tl.maximum(m, tl.max(s, axis=1) * SCALE)
             r = tl.exp2(m - m_new)
-            p = tl.exp2(s - m_new[:, None])
+            p = tl.exp2(s * SCALE - m_new[:, None])  # a fused multiply-add and an exp2 each
             l = l * r + tl.sum(p, axis=1)  # noqa: E741
-            v_j = load_tile(v, j0, T, Hk * D, D, BN)  # (BN, D)
+            v_j = load_tile(v + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
             a = tl.dot(p.to(v_j.dtype), v_j, a * r[:, None], input_precision=DOT)
             m = m_new
     store_tile(out + head * D, a / l[:, None], first, T, H * D, D)  # (BM, D)
@@ -191,40 +190,31 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def delta_kernel(out, d_out, delta, T, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
-    """delta: D_i = do_i·o_i of (5)."""
-    first, head = tl.program_id(0) * BM, tl.program_id(1)
-    o_i = load_tile(out + head * D, first, T, H * D, D, BM)  # (BM, D)
-    do_i = load_tile(d_out + head * D, first, T, H * D, D, BM)  # (BM, D)
-    delta_i = tl.sum(o_i.to(tl.float32) * do_i.to(tl.float32), axis=1)
-    tl.store(row_of(delta, head, first, T, BM), delta_i)  # (BM,)
-
-
-@triton.jit(do_not_specialize=["T"])
 def backward_q_kernel(
-    q, k, v, d_out, lse, delta, dq, doc_start, T,
+    q, k, v, out, d_out, lse, delta, dq, doc_start, T,
     H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dq (T, H, D) of one tile of queries of one head, on the walk of `forward_kernel`."""
+    """dq (T, H, D) and delta, D_i of (5), of one tile of queries, on the forward kernel's walk."""
+    SCALE: tl.constexpr = D**-0.5 * LOG2E
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head = tl.program_id(1)
-    k += head // (H // Hk) * D
-    v += head // (H // Hk) * D
+    head, kv_head = tl.program_id(1), tl.program_id(1) // (H // Hk)
     i = first + tl.arange(0, BM)
     start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
     q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
+    o_i = load_tile(out + head * D, first, T, H * D, D, BM)  # (BM, D)
     do_i = load_tile(d_out + head * D, first, T, H * D, D, BM)  # (BM, D)
     lse_i = tl.load(row_of(lse, head, first, T, BM))  # (BM,)
-    delta_i = tl.load(row_of(delta, head, first, T, BM))  # (BM,)
+    delta_i = tl.sum(o_i.to(tl.float32) * do_i.to(tl.float32), axis=1)
+    tl.store(row_of(delta, head, first, T, BM), delta_i)  # (BM,)
     dq_i = tl.zeros((BM, q_i.shape[1]), tl.float32)
     low, full, high = keys_of(doc_start, first, T, BM, BN)
     for MASKED in tl.static_range(2):
         begin, end = (full, high) if MASKED else (low, full)
         for j0 in tl.range(begin, end, BN):
-            k_j = load_tile(k, j0, T, Hk * D, D, BN)  # (BN, D)
-            v_j = load_tile(v, j0, T, Hk * D, D, BN)  # (BN, D)
-            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BM, BN)
-            p = tl.exp2(s - lse_i[:, None])
+            k_j = load_tile(k + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+            v_j = load_tile(v + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (BM, BN)
+            p = tl.exp2(s * SCALE - lse_i[:, None])
             if MASKED:
                 j = j0 + tl.arange(0, BN)
                 seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
@@ -244,9 +234,12 @@ def backward_kv_kernel(
 
     Scores stand transposed, keys by queries: then p and ds are left operands from registers.
     """
+    SCALE: tl.constexpr = D**-0.5 * LOG2E
+    GROUP: tl.constexpr = H // Hk
+    DIAGONAL: tl.constexpr = (BN + BM - 1) // BM
     first, kv_head = tl.program_id(0) * BN, tl.program_id(1)
     j = first + tl.arange(0, BN)
-    end_j = tl.load(doc_end + j, mask=j < T, other=0)  # (BN,)
+    end_j = tl.load(doc_end + tl.minimum(j, T - 1))  # (BN,)
     k_j = load_tile(k + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
     v_j = load_tile(v + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
     dk_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
@@ -254,23 +247,18 @@ def backward_kv_kernel(
     # Tiles of queries from `first` to the last document's end: some on the diagonal, then, if the
     # keys are of one document, `full` ones, then those in which a document ends.
     end = tl.load(doc_end + tl.minimum(first + BN, T) - 1)
-    diagonal = tl.cdiv(tl.minimum(BN, end - first), BM)
-    full = tl.maximum(end - first - BN, 0) // BM
-    full = tl.where(tl.load(doc_end + first) == end, full, 0)
+    one_document = tl.load(doc_end + first) == end
+    full = tl.where(one_document, tl.maximum(end - first - DIAGONAL * BM, 0) // BM, 0)
     for MASKED in tl.static_range(2):
         tiles = tl.cdiv(end - first, BM) - full if MASKED else full
-        for step in tl.range(0, tiles * (H // Hk)):  # one loop over heads and tiles pipelines both
-            head = kv_head * (H // Hk) + step // tiles
-            tile = step % tiles
-            if MASKED:
-                tile += tl.where(tile < diagonal, 0, full)
-            else:
-                tile += diagonal
+        for step in tl.range(0, tiles * GROUP):  # one loop over tiles and heads pipelines both
+            head, tile = kv_head * GROUP + step % GROUP, step // GROUP
+            tile += tl.where(tile < DIAGONAL, 0, full) if MASKED else DIAGONAL
             i0 = first + tile * BM
             q_i = load_tile(q + head * D, i0, T, H * D, D, BM)  # (BM, D)
             lse_i = tl.load(row_of(lse, head, i0, T, BM))  # (BM,)
-            s = tl.dot(k_j, tl.trans(q_i), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BN, BM)
-            p = tl.exp2(s - lse_i[None, :])
+            s = tl.dot(k_j, tl.trans(q_i), input_precision=DOT)  # (BN, BM)
+            p = tl.exp2(s * SCALE - lse_i[None, :])
             if MASKED:
                 i = i0 + tl.arange(0, BM)
                 seen = (j[:, None] <= i[None, :]) & (i[None, :] < end_j[:, None])
@@ -285,22 +273,30 @@ def backward_kv_kernel(
     store_tile(dv + kv_head * D, dv_j, first, T, Hk * D, D)  # (BN, D)
 
 
-def blocks(kernel, dtype, hopper):
-    """Block sizes of a kernel: of those tried, the largest that spill no registers at D = 128.
+def blocks(kernel, dtype, shared_memory):
+    """Block sizes of a kernel: of those tried, the largest that spill no registers.
 
-    tests/test_kernels_compiled.py compiles each and prints what it needs. In bf16 at D = 128 on
-    sm_90: 243 of 255 registers in forward, 191 for dq, 254 for dk and dv; on sm_80 those blocks
-    spill in forward and in dk and dv. fp32 runs without tensor cores, to check the rest by.
+    shared_memory: bytes that the chip gives a block, 227 KB on Hopper; the small ones fit 99 KB.
+    tests/test_kernels_compiled.py compiles all of them and prints what they need. fp32 runs without
+    tensor cores, to check the rest by.
     """
     if dtype == torch.float32:
-        BN = 32 if kernel is backward_kv_kernel else 16
-        return {"BM": 32, "BN": BN, "num_warps": 8, "num_stages": 1}
+        warps = 8 if kernel is backward_q_kernel else 4
+        return {"BM": 16, "BN": 16, "num_warps": warps, "num_stages": 1}
+    large = shared_memory >= 227 << 10
     BM, BN = {
-        forward_kernel: (128, 128) if hopper else (128, 64),
+        forward_kernel: (128, 128) if large else (128, 64),
         backward_q_kernel: (128, 64),
-        backward_kv_kernel: (64, 128) if hopper else (32, 64),
+        backward_kv_kernel: (64, 128) if large else (32, 64),
     }[kernel]
     return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
+
+
+def shared_memory(x):
+    """Bytes that a block may have on the GPU of x."""
+    if not x.is_cuda:
+        return 0
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
 
 
 # Custom operators, so that torch.compile keeps a kernel as one node of its graph. Their fakes tell
@@ -314,11 +310,11 @@ def attention_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out (T, H, D) and lse (H, T padded)."""
     (T, H, D), Hk = q.shape, k.shape[1]
+    q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = fake_attention(q, k, v, doc_start, doc_end)
-    if T > 0:
-        size = blocks(forward_kernel, q.dtype, is_hopper(q))
-        grid = (triton.cdiv(T, size["BM"]), H)
-        forward_kernel[grid](q, k, v, out, lse, doc_start, T, H, Hk, D, **size)
+    size = blocks(forward_kernel, q.dtype, shared_memory(q))
+    grid = triton.cdiv(T, size["BM"]), H
+    forward_kernel[grid](q, k, v, out, lse, doc_start, T, H, Hk, D, **size)
     return out, lse
 
 
@@ -327,7 +323,7 @@ def fake_attention(q, k, v, doc_start, doc_end):
     """Memory for out and, in fp32, lse."""
     T, H = q.shape[:2]
     padded = (T + PAD.value - 1) // PAD.value * PAD.value
-    return torch.empty_like(q), q.new_empty(H, padded, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(H, padded, dtype=torch.float32)
 
 
 @torch.library.custom_op("tulu::attention_backward", mutates_args=())
@@ -335,30 +331,22 @@ def attention_backward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor,
     doc_end: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk and dv."""
+    """dq, dk and dv; delta, which the first kernel makes, stays between them."""
     (T, H, D), Hk = q.shape, k.shape[1]
+    q, k, v, d_out = (x.contiguous() for x in (q, k, v, d_out))
     dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-    if T == 0:
-        return dq, dk, dv
-    hopper = is_hopper(q)
-    delta_kernel[triton.cdiv(T, PAD.value), H](out, d_out, delta, T, H, D, PAD.value, num_warps=8)
-    size = blocks(backward_q_kernel, q.dtype, hopper)
-    grid = (triton.cdiv(T, size["BM"]), H)
-    backward_q_kernel[grid](q, k, v, d_out, lse, delta, dq, doc_start, T, H, Hk, D, **size)
-    size = blocks(backward_kv_kernel, q.dtype, hopper)
-    grid = (triton.cdiv(T, size["BN"]), Hk)
+    size = blocks(backward_q_kernel, q.dtype, shared_memory(q))
+    grid = triton.cdiv(T, size["BM"]), H
+    backward_q_kernel[grid](q, k, v, out, d_out, lse, delta, dq, doc_start, T, H, Hk, D, **size)
+    size = blocks(backward_kv_kernel, q.dtype, shared_memory(q))
+    grid = triton.cdiv(T, size["BN"]), Hk
     backward_kv_kernel[grid](q, k, v, d_out, lse, delta, dk, dv, doc_end, T, H, Hk, D, **size)
     return dq, dk, dv
 
 
-def is_hopper(x):
-    """Whether x lies on a GPU of compute capability 9.0 or above."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
 @attention_backward_op.register_fake
 def _(q, k, v, *rest):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -367,7 +355,7 @@ def keep_for_backward(ctx, inputs, output):
 
 def attention_gradients(ctx, d_out, d_lse):
     """Of q, k and v; lse is nobody else's input, so d_lse is nothing."""
-    return *attention_backward_op(*ctx.saved_tensors, d_out.contiguous()), None, None
+    return *attention_backward_op(*ctx.saved_tensors, d_out), None, None
 
 
 attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
@@ -379,5 +367,4 @@ def attention_triton(q, k, v, doc_start, doc_end=None):
     assert D % 16 == 0 and 16 <= D <= 128, f"head size {D}, expected a multiple of 16 up to 128"
     if doc_end is None:
         doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
-    q, k, v = (x.contiguous() for x in (q, k, v))
     return attention_op(q, k, v, doc_start, doc_end)[0]

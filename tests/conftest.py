@@ -20,12 +20,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none, and say so."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skip what needs a GPU where there is none, and say so; else the kernels run there."""
+    gpu = torch.cuda.is_available()
+    for item in items:
+        if gpu and item.get_closest_marker("kernel"):
+            item.add_marker("gpu")
+        if not gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 SENTENCES = [
