@@ -30,7 +30,7 @@ from benchmarks.sft import HEADS, REAL, TOY, Update, make_model, pad, padded_flo
 from checkpoint import load_hf
 from data import Documents, plan_rows, update_members
 from errors import InputError
-from logps import answer_logps, reference_logps
+from logps import answer_logps, reference_logps, weights_key
 from model import Llama, LlamaConfig
 from parallel import shard, start
 from schemas import encode_pair
@@ -122,11 +122,12 @@ class OurLoop:
         load_hf(self.model, folder)
         facts = {name: getattr(config, name) for name in ("max_seq_len", "micro_tokens")}
         run = dpo.DPOConfig(model=folder, out=folder, dtype="float32", **facts)
-        self.references = reference_logps(self.model, documents, run, self.device)
+        weights = weights_key(folder)
+        self.references = reference_logps(self.model, documents, run, weights, self.device)
 
     def update(self, pairs):
         """One update on `pairs`: the loss."""
-        lengths = self.documents.lengths.reshape(-1, 2).sum(1)[pairs]
+        lengths = self.documents.record_lengths[pairs]
         sums = torch.zeros(len(dpo.METRICS), dtype=torch.float64)
         for row in plan_rows(lengths, 1, self.config.micro_tokens, self.shape.hidden_size)[0]:
             logps = answer_logps(self.model, self.documents, pairs[row], self.device)  # (n, 2)
