@@ -19,7 +19,7 @@ from cache import KVCache, SuffixPass, TokenPass, reading
 from chat import Tokenizer
 from checkpoint import load_hf
 from errors import InputError
-from graphs import GraphedStep
+from graphs import STEP, GraphedStep
 from model import Llama, LlamaConfig
 from sampling import choose, complete
 
@@ -200,8 +200,8 @@ class TextGenerator:
                 f"a prompt and its answer have {tokens} tokens, expected at most {self.context}"
             )
         if self.cache is None or self.cache.capacity < tokens:
-            # To the next multiple of 256, so that a little more the next time needs no new one.
-            capacity = min(-(-tokens // 256) * 256, self.context)
+            # Rounded up, so that a little more the next time needs no new one.
+            capacity = -(-tokens // STEP) * STEP
             self.cache = None  # the old one goes first
             if self.graphs:
                 self.graphs.forget()

@@ -35,7 +35,7 @@ class GraphedStep:
         """
         B = len(tokens)
         rows = min(1 << (B - 1).bit_length(), cache.slots - 1)
-        limit = min(-(-limit // STEP) * STEP, cache.capacity)
+        limit = -(-limit // STEP) * STEP  # within the cache's capacity, which is rounded likewise
         filled = torch.zeros(2, rows, dtype=torch.long, device=tokens.device)
         filled[0, :B], filled[1, :B] = tokens, positions
         if (rows, limit) not in self.recorded:

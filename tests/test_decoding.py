@@ -185,6 +185,20 @@ def test_stream_goes_on_from_what_was_read():
     )
 
 
+def test_a_chat_outgrows_its_cache():
+    """A turn that needs a larger one is answered as if it were the first, up to the context."""
+    ours, _ = make_pair({})
+    generator, prompts = TextGenerator(ours, Numbers(), context=411, slots=1), make_prompts(4)
+    capacities = []
+    for length in (20, 253, 400, 410):
+        ids = (prompts[1] * 99)[:length]
+        answer = "".join(text for text, _ in generator.stream(ids, Sampling(5)))
+        fresh = TextGenerator(ours, Numbers(), context=411).generate([ids], Sampling(5))[0]
+        assert answer == fresh.text
+        capacities.append(generator.cache.capacity)
+    assert capacities == [256, 512, 512, 512]
+
+
 def test_too_long_a_prompt_is_refused():
     """A chat that fills the context, and an option that does not fit, say how long they are."""
     ours, _ = make_pair({})
