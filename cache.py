@@ -30,7 +30,9 @@ class KVCache:
     def __init__(self, config, slots, capacity, device, dtype):
         self.slots, self.capacity, self.device = slots, capacity, device
         self.group = config.num_attention_heads // config.num_key_value_heads
-        shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
+        # One more than is used: torch.compile takes the whole of a dimension and a part of it for
+        # two cases, and would compile the step for both.
+        shape = (slots, config.num_key_value_heads, capacity + 1, config.head_dim)
         layers = range(config.num_hidden_layers)
         # Zeros: masked scores of memory never written could be NaN, and NaN · 0 is NaN.
         try:

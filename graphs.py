@@ -17,8 +17,8 @@ class GraphedStep:
     """`step(tokens, positions, limit)` -> logits, as decoding.py's, recorded and replayed."""
 
     def __init__(self, step):
-        # Not for each shape anew: compiled twice for one sequence and twice for several (up to the
-        # cache's end and before it). Without `dynamic` torch gives up after eight.
+        # Compiled twice, for one sequence and for several, whatever their number, limit and cache.
+        # Without `dynamic` it was eight times, after which torch gives up.
         self.step = torch.compile(step, dynamic=True)
         self.forget()
 

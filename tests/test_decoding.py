@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_model import TINY, TOLERANCE, VARIANTS, make_pair
+from torch._dynamo import lookup_backend
 
 from chat import Tokenizer
 from decoding import TextGenerator
@@ -240,8 +241,8 @@ class Replayed(GraphedStep):
 
 
 def test_recorded_steps_and_how_often_they_compile(monkeypatch):
-    """The same answers from filled rows and rounded limits; the step is one graph, compiled at
-    most twice for one sequence and twice for several, however large the caches."""
+    """The same answers from filled rows and rounded limits; the step is one graph, compiled
+    once for one sequence and once for several, however large the caches."""
     ours, _ = make_pair(VARIANTS["2:1, like Code Llama"])
     generator, prompts = TextGenerator(ours, Numbers(), slots=4), make_prompts(6)
     short, longer, longest = prompts[:1], [prompts[1] * 9], [prompts[1] * 18]
@@ -256,11 +257,11 @@ def test_recorded_steps_and_how_often_they_compile(monkeypatch):
         prompts[:2],
     ]
     expected = [generator.generate(own, Sampling(9)) for own in asked]
-    compiled, compile = [], torch.compile
+    compiled, compile, aot_eager = [], torch.compile, lookup_backend("aot_eager")
 
     def backend(graph, inputs):
         compiled.append(graph)
-        return graph.forward
+        return aot_eager(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", partial(compile, backend=backend, fullgraph=True))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
@@ -269,7 +270,7 @@ def test_recorded_steps_and_how_often_they_compile(monkeypatch):
         assert generator.generate(own, Sampling(9)) == answers
     assert generator.cache.capacity == 768
     assert generator.graphs.shapes >= {(4, 256), (1, 512), (2, 256), (1, 256), (1, 768)}
-    assert len(compiled) <= 4
+    assert len(compiled) <= 3  # torch begins one of the two again
 
 
 @pytest.mark.gpu
