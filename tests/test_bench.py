@@ -36,6 +36,12 @@ def test_packed_lengths_fill_the_row():
     assert sum(n * n for n in lengths) / 400_000 == pytest.approx(490 * np.exp(0.81), rel=0.1)
 
 
+def test_results_without_git(monkeypatch):
+    """A machine that has none gets its figures written all the same."""
+    monkeypatch.setenv("PATH", "")
+    assert measure.commit() is None
+
+
 def test_kernels_rehearsal(tmp_path):
     """`bench.py kernels --toy` writes every row, measured or skipped with its reason."""
     kernels.main(["--toy", "--out", str(tmp_path / "kernels.json")])
