@@ -183,10 +183,9 @@ def walk_kernel(doc_start, walk, T, BM: tl.constexpr, BN: tl.constexpr):
 @pytest.mark.parametrize("lengths", [[900], [128, 256, 130], [5, 300, 1, 77, 450], [7] * 90])
 @pytest.mark.parametrize("BM, BN", [(128, 64), (128, 128), (16, 32)])
 def test_a_walk_covers_what_is_seen_and_masks_only_edges(lengths, BM, BN):
-    """Of the keys that a tile of queries may see none is left out; unmasked tiles see all pairs.
+    """It spans just the keys that some query of the tile sees; unmasked are those that all see.
 
-    And no tile begins before the first document of the tile's rows or behind its last row, so the
-    cost is that of the documents; in a long document all but the diagonal goes without a mask.
+    So the cost is that of the documents, and in a long one only the diagonal has a mask.
     """
     doc_start, T = doc_start_of(lengths), sum(lengths)
     walk = torch.zeros(triton.cdiv(T, BM), 3, dtype=torch.int32, device=DEVICE)
@@ -209,10 +208,7 @@ def poisoned(x, first, last):
 
 @kernel
 def test_no_tile_outside_a_document_is_read():
-    """Not by the walk over keys, and in backward not over queries: NaN would spread as 0 · NaN.
-
-    The tile that begins at 128 stays finite where all lies in NaN that its walk may not touch.
-    """
+    """The tile at 128 stays finite where NaN, which spreads as 0 · NaN, lies all around its walk."""
     lengths, dtype, first = [100, 100, 30, 120], torch.float16, 128
     (q, k, v, d_out), doc_start = make_inputs(lengths, 1, 1, 16, dtype), doc_start_of(lengths)
     chip = shared_memory(q.to(DEVICE))
