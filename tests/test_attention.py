@@ -208,7 +208,7 @@ def poisoned(x, first, last):
 
 @kernel
 def test_no_tile_outside_a_document_is_read():
-    """The tile at 128 stays finite where NaN, which spreads as 0 · NaN, lies all around its walk."""
+    """The tile at 128 stays finite with NaN, which spreads as 0 · NaN, all around its walk."""
     lengths, dtype, first = [100, 100, 30, 120], torch.float16, 128
     (q, k, v, d_out), doc_start = make_inputs(lengths, 1, 1, 16, dtype), doc_start_of(lengths)
     chip = shared_memory(q.to(DEVICE))
