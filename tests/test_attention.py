@@ -66,12 +66,11 @@ def test_attention_on_cpu_equals_the_definition(lengths, H, Hk):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_layout_holds_the_lengths_and_changes_nothing():
+def test_layout_holds_the_ends_and_changes_nothing():
     """The layout made once per row is what `attention` would make itself."""
-    lengths = [5, 1, 9]
-    doc_start = doc_start_of(lengths)
-    assert attention_layout(doc_start).tolist() == lengths
-    q, k, v, _ = make_inputs(lengths, 2, 1, 16, torch.float32)
+    doc_start = doc_start_of([5, 1, 9])
+    assert attention_layout(doc_start).tolist() == [5] * 5 + [6] + [15] * 9
+    q, k, v, _ = make_inputs([5, 1, 9], 2, 1, 16, torch.float32)
     with_layout = attention(q, k, v, doc_start, attention_layout(doc_start))
     assert torch.equal(with_layout, attention(q, k, v, doc_start))
 
@@ -247,7 +246,7 @@ def test_operators_have_shapes_and_gradients_for_the_compiler():
     inputs = make_inputs(lengths, 2, 1, 16, torch.float32)
     q, k, v, _ = (x.to(DEVICE).requires_grad_() for x in inputs)
     doc_start = doc_start_of(lengths).to(DEVICE)
-    doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
+    doc_end = attention_layout(doc_start)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (q, k, v, doc_start, doc_end)
     torch.library.opcheck(torch.ops.tulu.attention, arguments, test_utils=tests)

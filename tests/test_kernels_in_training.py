@@ -46,7 +46,7 @@ def use(monkeypatch, kind):
             lambda *x, uniform_gradient: linear_cross_entropy_reference(*x),
         )
     elif not GPU:  # where there is one, model.py calls them by itself
-        monkeypatch.setattr(model_file, "attention", lambda *x: attention_triton(*x[:4]))
+        monkeypatch.setattr(model_file, "attention", attention_triton)
         monkeypatch.setattr(model_file, "linear_cross_entropy", linear_cross_entropy_triton)
         # The compiler of graphs, but not its C++.
         graphs_only = functools.partial(torch.compile, backend="aot_eager")
