@@ -11,7 +11,6 @@ A benchmark is a file of plain functions: `load` its items, `prompt` one, `score
 """
 
 import csv
-import gzip
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from errors import InputError
 from parallel import gather_lists
+from readers import parse, read_batches
 
 
 @dataclass(frozen=True)
@@ -141,17 +141,12 @@ def need(folder, name):
 
 def read_jsonl(path, fields):
     """Records of a .jsonl or .jsonl.gz, each `checked`; raises `InputError` with the line."""
-    opener = gzip.open if path.suffix == ".gz" else open
     records = []
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    records.append(checked(json.loads(line), fields, f"{path}:{number}"))
-    except (ValueError, EOFError, gzip.BadGzipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}:{len(records) + 1}: not JSON lines ({error})") from None
+    for first, lines, _ in read_batches(path):
+        for number, line in enumerate(lines, first):
+            record = parse(line, path, number)
+            if record is not None:  # a blank line
+                records.append(checked(record, fields, f"{path}:{number}"))
     return records
 
 

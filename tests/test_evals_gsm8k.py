@@ -125,7 +125,7 @@ def test_sample_is_the_originals(tmp_path):
     [
         (None, "test.jsonl: no such file"),
         ("", "test.jsonl: found no problems"),
-        ('{"question": "a", "answer": "#### 1"}\n{"question": ', "test.jsonl:2: not JSON lines"),
+        ('{"question": "a", "answer": "#### 1"}\n{"question": ', "test.jsonl:2: not JSON"),
         ('{"question": "a"}\n', "test.jsonl:1: found no answer"),
         ('{"question": "a", "answer": 3}\n', "test.jsonl:1: answer is a int, expected a str"),
         ('{"question": "a", "answer": "3"}\n', "test.jsonl: answer 1 does not end in '####'"),

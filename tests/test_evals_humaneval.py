@@ -164,7 +164,7 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(InputError, match=message):
             humaneval.load(write(tmp_path, problems), Options())
     (tmp_path / "HumanEval.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(InputError, match=r"HumanEval.jsonl.gz:1: not JSON lines"):
+    with pytest.raises(InputError, match=r"HumanEval.jsonl.gz:1: not a whole gzip file"):
         humaneval.load(tmp_path, Options())
 
 
