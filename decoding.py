@@ -280,9 +280,11 @@ class TextGenerator:
         if token == self.tokenizer.eos_id:
             return "eos"
         sequence.new.append(token)
-        # A character takes four tokens at most; the first may be cut off from its like.
-        tail = sequence.new[-4 * max(map(len, sampling.stop), default=0) - 4 :]
-        if sampling.stop and any(s in self.tokenizer.continuation(tail) for s in sampling.stop):
+        if sampling.stop:
+            # A character takes four tokens at most; the first may be cut off from its like.
+            tokens = 4 * max(map(len, sampling.stop)) + 4
+            tail = self.tokenizer.continuation(sequence.new[-tokens:])
+        if any(stop in tail for stop in sampling.stop):
             return "stop"
         if len(sequence.new) == sequence.most:
             return "length" if sequence.most == sampling.max_new_tokens else "context"
