@@ -38,7 +38,7 @@ class Documents:
     def __init__(
         self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1
     ):
-        self.paths = data_files(paths)
+        self.paths, self.per_record = data_files(paths), per_record
         found = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [arrays for arrays, _ in found]
         self.key = hashlib.sha256(" ".join(key for _, key in found).encode()).hexdigest()
@@ -75,6 +75,11 @@ class Documents:
             f"{self.skipped:,} without a trained token skipped"
         )
 
+    @property
+    def record_lengths(self):
+        """(records,) tokens of a record's sequences together: a pair stays in one row."""
+        return self.lengths.reshape(-1, self.per_record).sum(1)
+
     def __len__(self):
         return len(self.lengths)
 
@@ -96,12 +101,14 @@ class Documents:
 
 
 def check_micro_tokens(documents, micro_tokens):
-    """Raise `InputError` where the longest document does not fit into one row."""
-    longest = int(documents.lengths.argmax())
-    if documents.lengths[longest] > micro_tokens:
+    """Raise `InputError` where the longest conversation, or pair, does not fit into one row."""
+    lengths = documents.record_lengths
+    longest = int(lengths.argmax())
+    if lengths[longest] > micro_tokens:
+        name = next(documents.names([longest * documents.per_record]))
         raise InputError(
-            f"--micro-tokens is {micro_tokens}, expected at least {documents.lengths[longest]}, "
-            f"the tokens of the longest document ({next(documents.names([longest]))})"
+            f"--micro-tokens is {micro_tokens}, expected at least {lengths[longest]}, the tokens "
+            f"of the longest of the {documents.kind} ({name})"
         )
 
 

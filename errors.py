@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 
+from tqdm import tqdm
+
 
 class InputError(ValueError):
     """The user's input is wrong; the message says where, what was found and what was expected."""
@@ -36,7 +38,8 @@ def reported():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training had it noted, not obeyed
             time.sleep(5)
         sys.stdout.flush()
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        with tqdm.external_write_mode(sys.stderr):  # a progress bar would share the line
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         # Not sys.exit: at its end Python would wait for process groups that other ranks still hold.
         os._exit(1 if isinstance(error, RunError) else 2)
 

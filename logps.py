@@ -5,10 +5,12 @@ reference's stand beside the data under a hash of all that decides them. Called 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,9 @@ from tqdm import tqdm
 
 from checkpoint import digest, own_share, weight_files
 from data import pack_row, plan_rows
+from errors import RunError, one_line
 from parallel import gather_lists
+from token_cache import open_locked
 
 
 def answer_logps(model, documents, pairs, device):
@@ -36,21 +40,20 @@ def answer_logps(model, documents, pairs, device):
 
 
 @torch.no_grad()
-def reference_logps(model, documents, config, device):
+def reference_logps(model, documents, config, weights, device):
     """Log-probabilities (n, 2) fp64 of the answers under the model as it is now, before training.
 
     The same code, packing and precision as the policy's. They are kept beside the data or, where
     that folder cannot be written, in the output folder, every thousand pairs: a computation that
-    was cut short goes on, and a second run needs none.
+    was cut short goes on, and a second run needs none. weights: `weights_key` of the model's
+    folder. Raises `RunError` on all ranks where one of them is not finite, or no disk takes them.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    lengths = documents.lengths.reshape(-1, 2).sum(1)  # (n,) tokens of a pair
-    paths = reference_files(documents, config)
-    logps = torch.full((len(lengths), 2), math.nan, dtype=torch.float64)
+    lengths = documents.record_lengths  # (n,) tokens of a pair
+    paths = reference_files(model, documents, config, weights)
+    logps = torch.full((len(lengths), 2), math.nan, dtype=torch.float64)  # NaN: not computed yet
     if rank == 0:
-        for path in paths:
-            with contextlib.suppress(OSError, ValueError):
-                logps.copy_(torch.from_numpy(np.load(path)))
+        logps = read_reference(paths, logps)
     dist.broadcast(logps, src=0)
     bar = tqdm(total=len(lengths), desc="reference", unit="pair", leave=False, disable=rank > 0)
     for begin in range(0, len(lengths), 1024):
@@ -61,34 +64,73 @@ def reference_logps(model, documents, config, device):
             for row in plan_rows(lengths[pairs], world, config.micro_tokens, hidden_size)[rank]:
                 own[row] = answer_logps(model, documents, pairs[row], device).double().cpu()
             dist.all_reduce(own)  # each pair is one rank's, and zero on the others
+            check_reference(own, documents, pairs)
             logps[pairs] = own
             if rank == 0:
-                save_aside(paths, logps)
+                write_reference(paths, logps)
         bar.update(len(pairs))
     bar.close()
     return logps
 
 
-def reference_files(documents, config):
+def check_reference(logps, documents, pairs):
+    """Raise `RunError`, naming them, where pairs have log-probabilities that are not finite."""
+    bad = pairs[~logps.isfinite().all(1).numpy()]
+    if len(bad):
+        names = ", ".join(documents.names(2 * bad[:5]))
+        raise RunError(
+            f"the model gives {len(bad):,} of the first {pairs[-1] + 1:,} pairs log-probabilities "
+            f"that are not finite, among them {names}"
+        )
+
+
+# ---- What is kept on disk
+
+
+def weights_key(folder):
+    """Hash of the weights of an HF folder, each rank reading its share; every rank calls it."""
+    digests = {path.name: digest(path) for path in own_share(weight_files(Path(folder)))}
+    return short_hash(sorted(gather_lists(list(digests.items()))))
+
+
+def short_hash(facts):
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def reference_files(model, documents, config, weights):
     """Where the reference may be kept, under a hash of all that decides it."""
-    folder = Path(config.model)
-    digests = {path.name: digest(path) for path in own_share(weight_files(folder))}
-    weights = sorted(gather_lists(list(digests.items())))
-    facts = [weights, documents.key, config.max_seq_len, config.dtype]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    name = f"{documents.paths[0].name}.reference-{key}.npy"
+    shape = dataclasses.asdict(model.config)
+    key = short_hash([weights, shape, documents.key, config.max_seq_len, config.dtype])
+    name = f"{documents.paths[0].name}.reference-{key}"
     return [documents.paths[0].parent / name, Path(config.out) / name]
 
 
-def save_aside(paths, logps):
-    """Write the reference to the first of `paths` that can be written, whole or not at all."""
+def read_reference(paths, unknown):
+    """The reference that is kept in the first of `paths`; `unknown` where none is, or is whole."""
+    for path in paths:
+        with contextlib.suppress(OSError):  # most often: no such file
+            content = path.read_bytes()
+            if content[:32] == hashlib.sha256(content[32:]).digest():
+                return torch.frombuffer(bytearray(content[32:]), dtype=torch.float64).view(-1, 2)
+            print(f"warning: {path} is damaged and is made anew", file=sys.stderr)
+    return unknown
+
+
+def write_reference(paths, logps):
+    """Write a SHA-256 and the numbers to the first of `paths` that takes them, whole or not."""
+    content = logps.numpy().tobytes()
     for path in paths:
         aside = path.with_name(path.name + ".partial")
         try:
-            with open(aside, "wb") as file:
-                np.save(file, logps.numpy())
-            os.replace(aside, path)
+            # Two runs may start at once on the same data: both compute, one at a time writes.
+            with open_locked(f"{path}.lock") as lock:
+                try:
+                    aside.write_bytes(hashlib.sha256(content).digest() + content)
+                    os.replace(aside, path)
+                finally:
+                    aside.unlink(missing_ok=True)
+                    os.unlink(lock.name)
             return
         except OSError as error:
             refusal = error
-    raise refusal
+    raise RunError(f"the reference's log-probabilities could not be kept ({one_line(refusal)})")

@@ -5,10 +5,11 @@
 Same initial weights, pairs, order, fused AdamW, clipping and threads; the reference's
 log-probabilities are computed beforehand and not timed. The losses must agree: ln 2 in the first
 update, and in the later ones what the gradients made of it. The transformers loop is the usual one:
-the chosen and then the rejected answers of 4 (or 16) pairs in one padded batch, log-softmax over
-all logits. TRL's DPOTrainer takes part where it is installed: batches of 4 pairs, its defaults but
-for recomputation, which would only slow it down. Its own loop runs, and the others between its
-updates. CPU time is shown too, for machines that do other work.
+the chosen and then the rejected answers of 1, 4 or 16 pairs in one padded batch, log-softmax over
+all logits; the smaller the batch, the less of it is padding. TRL's DPOTrainer takes part where it
+is installed: batches of 4 pairs, its defaults but for recomputation, which would only slow it down.
+Its own loop runs, and the others between its updates. CPU time is shown too, for machines that do
+other work.
 """
 
 import os
@@ -29,13 +30,13 @@ from benchmarks.sft import HEADS, REAL, TOY, Update, make_model, pad, padded_flo
 from checkpoint import load_hf
 from data import Documents, plan_rows, update_members
 from errors import InputError
-from logps import answer_logps, reference_logps
+from logps import answer_logps, reference_logps, weights_key
 from model import Llama, LlamaConfig
 from parallel import shard, start
 from schemas import encode_pair
 from training import clip_gradients, make_optimizer, model_flops, parse_args
 
-PADDED = (4, 16)  # pairs in one padded batch of the transformers loops
+PADDED = (1, 4, 16)  # pairs in one padded batch of the transformers loops
 # Log-probabilities of thousands in fp32 are 1e-4 off, of which the loss takes beta; Adam's first
 # update moves every weight by the whole rate, also those whose gradient is rounding noise.
 LOSS_TOLERANCE = 1e-3
@@ -121,11 +122,12 @@ class OurLoop:
         load_hf(self.model, folder)
         facts = {name: getattr(config, name) for name in ("max_seq_len", "micro_tokens")}
         run = dpo.DPOConfig(model=folder, out=folder, dtype="float32", **facts)
-        self.references = reference_logps(self.model, documents, run, self.device)
+        weights = weights_key(folder)
+        self.references = reference_logps(self.model, documents, run, weights, self.device)
 
     def update(self, pairs):
         """One update on `pairs`: the loss."""
-        lengths = self.documents.lengths.reshape(-1, 2).sum(1)[pairs]
+        lengths = self.documents.record_lengths[pairs]
         sums = torch.zeros(len(dpo.METRICS), dtype=torch.float64)
         for row in plan_rows(lengths, 1, self.config.micro_tokens, self.shape.hidden_size)[0]:
             logps = answer_logps(self.model, self.documents, pairs[row], self.device)  # (n, 2)
@@ -346,7 +348,7 @@ def show(config, figures):
     for name, f in figures["loops"].items():
         losses = " ".join(f"{loss:.5f}" for loss in f["losses"][:3])
         print(
-            f"{name.replace(', ', ', padded to the longest of '):42}{f['pairs_per_second']:10.2f}"
+            f"{name.replace(', ', ', pairs in a padded batch: '):42}{f['pairs_per_second']:10.2f}"
             f"{f['gflop_per_update']:10,.0f}{f['gflop_per_second']:10.1f}"
             f"{f['time_to_ours']:10.2f}{f['cpu_time_to_ours']:10.2f}    {losses}"
         )

@@ -138,7 +138,7 @@ def cpu_name():
 def versions():
     """Python, CUDA, and the packages that are installed."""
     found = {"python": platform.python_version(), "cuda": torch.version.cuda}
-    for name in ("torch", "triton", "transformers", "safetensors", "numpy"):
+    for name in ("torch", "triton", "transformers", "trl", "safetensors", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

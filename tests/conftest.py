@@ -7,12 +7,16 @@ import threads  # noqa: F401, before torch
 import json
 import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # Without a GPU Triton's interpreter runs the kernels; it has to know before the first import.
 if not torch.cuda.is_available():
@@ -28,6 +32,33 @@ def pytest_collection_modifyitems(items):
             item.add_marker("gpu")
         if not gpu and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_program(name, *flags, ranks=None):
+    """Run a script of ours, under torchrun where `ranks` is given; its standard output."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, name, *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[:2000]
+    return done.stdout
+
+
+def updates(out):
+    """The records of the updates in the metrics.jsonl of a run."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "step" in record]
+
+
+@pytest.fixture(autouse=True)
+def same_signals():
+    """A run in this process watches for signals; put the handlers back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 SENTENCES = [
@@ -115,6 +146,17 @@ def base(tmp_path_factory, tokenizer_folder):
 
 
 @pytest.fixture(scope="session")
+def lively(tmp_path_factory, base):
+    """`base` with matrices six times as large: its greedy answers vary with the prompt."""
+    folder = tmp_path_factory.mktemp("lively")
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    weights = load_file(base / "model.safetensors")
+    weights = {name: w * 6 if w.dim() == 2 else w for name, w in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
 def conversations(tmp_path_factory):
     """Path of a jsonl of 24 conversations of one to four turns and various lengths."""
     rng = random.Random(0)
@@ -133,9 +175,67 @@ def conversations(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def preferences(tmp_path_factory):
+    """Path of 19 pairs of various lengths, some with several turns before the answer."""
+    from pairs import message, pair, write
+
+    rng, words = random.Random(5), "the quick brown fox answers no more questions today".split()
+
+    def text(most):
+        return " ".join(rng.choices(words, k=rng.randint(1, most)))
+
+    records = []
+    for k in range(19):
+        prompt = [message("user", text(9))]
+        if k % 3 == 0:
+            prompt += [message("assistant", text(9)), message("user", text(9))]
+        records.append(pair(prompt, text(3 + 2 * k), text(12), prompt_id=f"p{k}"))
+    return write(tmp_path_factory.mktemp("pairs") / "preferences.jsonl", records)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(base, conversations, tmp_path_factory):
+    """The output folder of a run of sft.py that nothing befell (see harm.py)."""
+    from harm import harmed, recipe
+
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    assert harmed(recipe(base, conversations, out)) == 0
+    return out
+
+
+@pytest.fixture
+def refused(base, conversations, tmp_path):
+    """`refused(flag=value, …)`: the error of a run on good input but for these flags.
+
+    Checks that it is one line, and that nothing has appeared where the run would write.
+    """
+
+    import sft
+    from errors import InputError
+
+    def run(**flags):
+        out = tmp_path / "out"
+        flags = {"model": str(base), "data": [str(conversations)], "out": str(out)} | flags
+        before = listing(tmp_path)
+        with pytest.raises(InputError) as caught:
+            sft.main(flags)
+        if Path(flags["out"]) == out:
+            assert not out.exists()
+        assert listing(tmp_path) == before, "a refused run wrote something"
+        return str(caught.value)
+
+    return run
+
+
+def listing(folder):
+    """Every file and folder below, but for token caches: those may stay, they are whole."""
+    return sorted(p for p in folder.rglob("*") if ".tokens-" not in str(p) or p.suffix == ".lock")
+
+
+@pytest.fixture(scope="session")
 def real_data():
     """The folder of real data (see its README); the test is skipped where it is absent."""
-    default = Path(__file__).parent.parent.parent / "shared" / "data"
+    default = ROOT.parent / "shared" / "data"
     folder = Path(os.environ.get("TULU_DATA", default))
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder} (TULU_DATA names the folder)")

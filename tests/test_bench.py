@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import dpo, kernels, load, measure, sft, step, table, tune
+from benchmarks import dpo, generate, kernels, load, measure, sft, step, table, tune
 from errors import InputError
 from model import LlamaConfig
 
@@ -259,5 +259,21 @@ def test_load_rehearsal(base, tmp_path, monkeypatch):
 
 def test_bench_names_the_benchmarks():
     """An unknown benchmark is an input error that lists those there are."""
-    with pytest.raises(InputError, match="found nope, expected one of dpo, kernels"):
+    with pytest.raises(InputError, match="found nope, expected one of dpo, generate, kernels"):
         bench.main(["nope"])
+
+
+def test_generate_rehearsal(tmp_path, real_data):
+    """`bench.py generate --toy`: transformers' very tokens, and figures that belong together."""
+    out = tmp_path / "generate.json"
+    figures = generate.main(
+        ["--toy", "--prompts", "9", "--rounds", "1", "--out", str(out),
+         "--data", str(real_data / "eval/gsm8k/test.jsonl"),
+         "--tokenizer", str(real_data / "llama2-tokenizer")]
+    )  # fmt: skip
+    assert json.loads(out.read_text())["figures"] == figures
+    assert [f["prompts"] for f in figures.values()] == [2, 9]
+    for one in figures.values():
+        assert one["different_answers"] == 0 and one["new_tokens"] > 40 * one["prompts"]
+        rates, seconds = one["tokens_per_second"], one["seconds"]
+        assert rates["ours"] * seconds["ours"][0] == pytest.approx(one["new_tokens"])

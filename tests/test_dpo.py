@@ -1,15 +1,16 @@
 """dpo.py: pairs, loss and reference alone, and the program against a plain transformers loop."""
 
-import json
 import math
-import random
-import subprocess
-import sys
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_program, updates
+from harm import FSYNC, REPLACE, assert_same_run, flip_byte, harmed, recipe
+from pairs import loaded, message, pair, their_logps, write
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -17,59 +18,9 @@ import dpo
 from chat import Tokenizer
 from data import Documents, update_members
 from errors import InputError, RunError
-from logps import answer_logps, reference_logps
-from model import Llama, LlamaConfig
-from parallel import shard, start
+from logps import answer_logps, reference_logps, weights_key
 from schemas import encode_pair
 from training import learning_rate
-
-ROOT = Path(__file__).parent.parent
-
-
-def message(role, content):
-    return {"role": role, "content": content}
-
-
-def pair(prompt, chosen, rejected, **more):
-    """A record of UltraFeedback's schema, with prompt a list of messages."""
-    sides = {"chosen": chosen, "rejected": rejected}
-    return {side: [*prompt, message("assistant", answer)] for side, answer in sides.items()} | more
-
-
-def write(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.fixture(scope="module")
-def preferences(tmp_path_factory):
-    """Path of 19 pairs of various lengths, some with several turns before the answer."""
-    rng, words = random.Random(5), "the quick brown fox answers no more questions today".split()
-
-    def text(most):
-        return " ".join(rng.choices(words, k=rng.randint(1, most)))
-
-    records = []
-    for k in range(19):
-        prompt = [message("user", text(9))]
-        if k % 3 == 0:
-            prompt += [message("assistant", text(9)), message("user", text(9))]
-        records.append(pair(prompt, text(3 + 2 * k), text(12), prompt_id=f"p{k}"))
-    return write(tmp_path_factory.mktemp("pairs") / "preferences.jsonl", records)
-
-
-def run_dpo(*flags, ranks=None):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, "dpo.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[:2000]
-    return done.stdout
-
-
-def updates(out):
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "step" in record]
-
 
 # ---- The loss
 
@@ -165,79 +116,14 @@ def test_a_pair_without_a_trained_token_on_either_side_is_left_out_whole(base, t
     assert documents.summary().startswith("3 pairs")
 
 
-# ---- Log-probabilities
-
-
-def loaded(folder):
-    """Our model with a folder's weights, as the loop has it (one rank)."""
-    _, _, device = start()
-    with torch.device("meta"):
-        model = Llama(LlamaConfig.from_folder(folder))
-    shard(model, device, torch.float32)
-    from checkpoint import load_hf
-
-    load_hf(model, folder)
-    return model, device
-
-
-def their_logps(model, documents, pairs):
-    """(n, 2) from transformers' logits, one document at a time, differentiable."""
-    rows = []
-    for i in pairs:
-        row = []
-        for ids, trained in (documents[2 * i], documents[2 * i + 1]):
-            ids = torch.tensor(np.array(ids)).long()
-            logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
-            picked = logps.gather(1, ids[1:, None])[:, 0]
-            row.append(picked[torch.tensor(np.array(trained))[1:]].sum())
-        rows.append(torch.stack(row))
-    return torch.stack(rows)
-
-
-def test_packed_answers_have_transformers_log_probabilities(base, preferences):
-    """All pairs in one row give what transformers gives document by document."""
-    model, device = loaded(base)
-    documents = Documents([preferences], base, 200, encode_pair, per_record=2)
-    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    pairs = np.array([3, 0, 18, 7])
-    with torch.no_grad():
-        ours = answer_logps(model, documents, pairs, device)
-        # Sums of up to some hundred fp32 terms of about 6.
-        torch.testing.assert_close(
-            ours, their_logps(theirs, documents, pairs), rtol=1e-5, atol=1e-3
-        )
-        assert answer_logps(model, documents, pairs[:0], device).shape == (0, 2)
-
-
-def test_reference_is_kept_continued_and_moves_no_random_state(
-    base, preferences, tmp_path, monkeypatch
-):
-    """A second call runs no model; a file cut short is completed; other weights make another."""
-    model, device = loaded(base)
-    documents = Documents([preferences], base, 200, encode_pair, per_record=2)
-    config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)
-    state = torch.random.get_rng_state()
-    first = reference_logps(model, documents, config, device)
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert first.shape == (19, 2) and first.isfinite().all()
-    (kept,) = preferences.parent.glob("*.reference-*.npy")
-
-    monkeypatch.setattr("logps.answer_logps", None)  # would fail if called
-    assert torch.equal(reference_logps(model, documents, config, device), first)
-    monkeypatch.undo()
-
-    half = np.load(kept)
-    half[7:] = np.nan
-    np.save(kept, half)
-    assert torch.equal(reference_logps(model, documents, config, device), first)
-    kept.write_bytes(kept.read_bytes()[:50])
-    assert torch.equal(reference_logps(model, documents, config, device), first)
-    kept.unlink()
+# ---- The first update, and TRL
 
 
 def test_a_wrong_reference_stops_the_first_update():
-    """Only ln 2 will do: within 1e-3 in fp32, within rounding in bf16."""
+    """Only ln 2 will do: within 1e-3 in fp32, within rounding in bf16, both for a beta of 0.1."""
     config = dpo.DPOConfig(dtype="float32")
+    dpo.check_first_loss(0, math.log(2) + 4e-2, dpo.DPOConfig(dtype="bfloat16"))
+    dpo.check_first_loss(0, math.log(2) + 4e-2, dpo.DPOConfig(dtype="float32", beta=5.0))
     dpo.check_first_loss(0, math.log(2) + 1e-5, config)
     dpo.check_first_loss(5, 0.4, config)
     with pytest.raises(RunError, match="first loss is 0.7000, expected ln 2"):
@@ -256,7 +142,7 @@ def test_a_batch_equals_trls(base, preferences, tmp_path):
     config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)
     model, device = loaded(base)
     pairs = np.array([3, 0, 18, 7])
-    reference = reference_logps(model, documents, config, device)[pairs]
+    reference = reference_logps(model, documents, config, weights_key(base), device)[pairs]
     bench = DPOBenchConfig(max_seq_len=200, batch_size=4, beta=0.2)
     trainer = trl_trainer(bench, base, documents, pairs.tolist(), output_dir=str(tmp_path))
     torch.manual_seed(0)
@@ -283,7 +169,9 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, prefer
     """Losses, rewards, margins, accuracies, gradient norms and final weights."""
     flags = ["--model", base, "--data", preferences, "--out", tmp_path, "--batch-size", 5]
     flags += ["--epochs", 2, "--max-steps", 3, "--lr", 1e-3, "--warmup-ratio", 0.1, "--clip", 0.5]
-    run_dpo(*flags, "--beta", 0.2, "--micro-tokens", 900, "--max-seq-len", 200, ranks=2)
+    run_program(
+        "dpo.py", *flags, "--beta", 0.2, "--micro-tokens", 900, "--max-seq-len", 200, ranks=2
+    )
 
     documents = Documents([preferences], base, 200, encode_pair, per_record=2)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -323,21 +211,65 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, prefer
         torch.testing.assert_close(saved[name].float(), parameter.data, rtol=2**-7, atol=4e-4)
 
 
-def test_resume_is_bit_for_bit(base, preferences, tmp_path):
-    """Stopped by a signal after some updates and started again: the weights of one run."""
-    flags = ["--model", base, "--data", preferences, "--batch-size", 4, "--epochs", 8]
-    flags += ["--lr", 1e-3, "--out"]
-    run_dpo(*flags, tmp_path / "whole")
-    command = [sys.executable, "dpo.py", *map(str, flags), str(tmp_path / "cut")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    log = tmp_path / "cut" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count('"step"') >= 3):
-        pass
-    process.terminate()
-    assert process.wait() == 143
-    run_dpo(*flags, tmp_path / "cut")
-    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert [r["step"] for r in updates(tmp_path / "cut")] == list(range(1, 33))
+# ---- Runs that come to harm; sft.py's are in test_crash.py, and most code is the same
+
+LOG = ("dpo", "append_record")
+
+
+@pytest.fixture
+def flags(base, preferences, tmp_path):
+    """Of a run of 12 updates on pairs of its own."""
+    data = shutil.copy(preferences, tmp_path / "pairs.jsonl")
+    return recipe(base, data, tmp_path / "out") | {"batch_size": 4, "epochs": 3, "lr": 1e-3}
+
+
+def test_killed_again_and_again(flags, tmp_path):
+    """kill -9 while the reference is written, trained and saved: the weights of one run, bit for
+    bit, every step once, and nothing half made beside the data."""
+    whole = flags | {"out": str(tmp_path / "whole")}
+    assert harmed(whole, program="dpo") == 0
+    next(tmp_path.glob("*.reference-*")).unlink()
+    flags |= {"save_every": 2}
+    for calls, at in (
+        ([REPLACE], 1),  # when the reference is whole but for its name
+        ([REPLACE], 2),  # when it is there, and the log not yet
+        ([LOG], 4),  # with a checkpoint of update 2
+        ([FSYNC], 4),  # in the next one
+        ([LOG], 3),
+        ([REPLACE], 4),  # when the model moves in
+    ):
+        status = harmed(flags, signal.SIGKILL, at, calls, program="dpo")
+        assert status == -signal.SIGKILL, (calls, at)
+    assert harmed(flags, program="dpo") == 0
+    assert_same_run(flags["out"], whole["out"])
+    assert not [*tmp_path.glob("*.partial"), *tmp_path.glob("*.lock")]
+
+
+def test_stopped_ranks_go_on_without_the_kept_reference(flags, tmp_path):
+    """It is then made again, from the model's folder, before the checkpoint is loaded."""
+    whole = flags | {"out": str(tmp_path / "whole")}
+    assert harmed(whole, ranks=2, program="dpo") == 0
+    assert harmed(flags, signal.SIGTERM, 3, [LOG], ranks=2, program="dpo") == 143
+    next(tmp_path.glob("*.reference-*")).unlink()
+    assert harmed(flags, ranks=2, program="dpo") == 0
+    assert_same_run(flags["out"], whole["out"])
+
+
+def test_a_run_of_another_model_is_not_continued(flags, tmp_path):
+    """A folder of the same name with other weights would be another reference."""
+    model, log = Path(shutil.copytree(flags["model"], tmp_path / "model")), tmp_path / "log"
+    flags |= {"model": str(model)}
+    assert harmed(flags, signal.SIGTERM, 3, [LOG], program="dpo") == 143
+    flip_byte(model / "model.safetensors")
+    assert harmed(flags, log=log, program="dpo") == 2
+    assert f"error: --out {flags['out']}: holds a different run, with weights " in log.read_text()
+
+
+def test_a_pair_stays_in_one_row(flags, base):
+    """--micro-tokens must hold both answers of the longest pair; the error names what would."""
+    with pytest.raises(InputError, match="--micro-tokens is 300, expected at least ") as caught:
+        dpo.main(flags | {"micro_tokens": 300})
+    enough = int(str(caught.value).split("at least ")[1].split(",")[0])
+    documents = Documents(flags["data"], base, 8192, encode_pair, per_record=2)
+    assert enough == max(documents.lengths[::2] + documents.lengths[1::2])
+    dpo.main(flags | {"micro_tokens": enough, "max_steps": 1})

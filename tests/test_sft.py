@@ -1,35 +1,17 @@
 """sft.py as its users start it, against a plain transformers + torch loop."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_program, updates
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import update_members
 from training import learning_rate
-
-ROOT = Path(__file__).parent.parent
-
-
-def sft(*flags, ranks=None):
-    """Run sft.py, under torchrun where `ranks` is given; its standard output."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, "sft.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[:2000]
-    return done.stdout
-
-
-def updates(out):
-    """The records of the updates in metrics.jsonl."""
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "step" in record]
 
 
 def encode_by_prefix(tokenizer, messages):
@@ -50,7 +32,7 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, conver
     """Losses, gradient norms and final weights, with warm-up and a clip that bites."""
     flags = ["--model", base, "--data", conversations, "--out", tmp_path, "--batch-size", 7]
     flags += ["--epochs", 4, "--max-steps", 3, "--lr", 1e-3, "--warmup-ratio", 0.2, "--clip", 0.5]
-    sft(*flags, "--weight-decay", 0.1, "--micro-tokens", 1500, ranks=2)
+    run_program("sft.py", *flags, "--weight-decay", 0.1, "--micro-tokens", 1500, ranks=2)
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -89,9 +71,9 @@ def test_rows_and_ranks_change_nothing_but_rounding(base, conversations, tmp_pat
     """One row or many, one rank or four (some of them idle): the same losses and norms."""
     flags = ["--model", base, "--data", conversations, "--batch-size", 6, "--max-steps", 3]
     flags += ["--lr", 1e-3, "--out"]
-    sft(*flags, tmp_path / "one", "--micro-tokens", 16384)
-    sft(*flags, tmp_path / "many", "--micro-tokens", 1400)
-    sft(*flags, tmp_path / "ranks", "--micro-tokens", 1500, ranks=4)
+    run_program("sft.py", *flags, tmp_path / "one", "--micro-tokens", 16384)
+    run_program("sft.py", *flags, tmp_path / "many", "--micro-tokens", 1400)
+    run_program("sft.py", *flags, tmp_path / "ranks", "--micro-tokens", 1500, ranks=4)
     one = updates(tmp_path / "one")
     for other in (updates(tmp_path / "many"), updates(tmp_path / "ranks")):
         for a, b in zip(one, other, strict=True):
@@ -105,8 +87,8 @@ def test_eight_conversations_are_memorised(base, conversations, tmp_path):
     """A model that sees the same eight conversations again and again gets them right."""
     data = tmp_path / "eight.jsonl"
     data.write_text("".join(Path(conversations).read_text().splitlines(True)[:8]))
-    sft("--model", base, "--data", data, "--out", tmp_path / "out", "--epochs", 150,
-        "--batch-size", 8, "--lr", 2e-2)  # fmt: skip
+    flags = ["--model", base, "--data", data, "--out", tmp_path / "out"]
+    run_program("sft.py", *flags, "--epochs", 150, "--batch-size", 8, "--lr", 2e-2)
     losses = [record["loss"] for record in updates(tmp_path / "out")]
     assert losses[0] > 4 and losses[-1] < 0.1
 
@@ -115,8 +97,8 @@ def test_recomputation_and_compile_change_nothing_but_rounding(base, conversatio
     """The same losses with activations made twice, and with every block compiled."""
     flags = ["--model", base, "--data", conversations, "--batch-size", 4, "--max-steps", 2]
     flags += ["--lr", 1e-3, "--out"]
-    sft(*flags, tmp_path / "plain")
-    sft(*flags, tmp_path / "both", "--recompute", "--compile")
+    run_program("sft.py", *flags, tmp_path / "plain")
+    run_program("sft.py", *flags, tmp_path / "both", "--recompute", "--compile")
     for a, b in zip(updates(tmp_path / "plain"), updates(tmp_path / "both"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)

@@ -1,0 +1,49 @@
+"""Preference pairs and their log-probabilities, for the tests of dpo.py and logps.py."""
+
+import json
+
+import numpy as np
+import torch
+
+from checkpoint import load_hf
+from model import Llama, LlamaConfig
+from parallel import shard, start
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def pair(prompt, chosen, rejected, **more):
+    """A record of UltraFeedback's schema, with prompt a list of messages."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    return {side: [*prompt, message("assistant", answer)] for side, answer in sides.items()} | more
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def loaded(folder):
+    """Our model with a folder's weights, as the loop has it (one rank), and the device."""
+    _, _, device = start()
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_folder(folder))
+    shard(model, device, torch.float32)
+    load_hf(model, folder)
+    return model, device
+
+
+def their_logps(model, documents, pairs):
+    """(n, 2) from transformers' logits, one document at a time, differentiable."""
+    rows = []
+    for i in pairs:
+        row = []
+        for ids, trained in (documents[2 * i], documents[2 * i + 1]):
+            ids = torch.tensor(np.array(ids)).long()
+            logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
+            picked = logps.gather(1, ids[1:, None])[:, 0]
+            row.append(picked[torch.tensor(np.array(trained))[1:]].sum())
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
