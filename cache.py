@@ -16,6 +16,7 @@ import functools
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from errors import RunError
 from kernels.attention import attention, attention_layout
 
 
@@ -27,13 +28,19 @@ class KVCache:
     """
 
     def __init__(self, config, slots, capacity, device, dtype):
-        self.slots, self.capacity = slots, capacity
+        self.slots, self.capacity, self.device = slots, capacity, device
         self.group = config.num_attention_heads // config.num_key_value_heads
         shape = (slots, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
         # Zeros: masked scores of memory never written could be NaN, and NaN · 0 is NaN.
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        try:
+            self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+            self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        except torch.OutOfMemoryError:
+            raise RunError(
+                f"the GPU has no room for the keys and values of {slots} times {capacity} tokens: "
+                "try fewer --slots or a smaller --context"
+            ) from None
 
     def copy(self, source, target, length):
         """Give slot `target` the first `length` tokens of slot `source`."""
@@ -58,11 +65,18 @@ class Pass:
         values[self.slots, :, self.positions] = v
 
 
+def reading(cache, slots, start, lengths):
+    """The pass that reads `lengths[i]` tokens into `slots[i]`, after the `start` ones it holds."""
+    if start == 0:
+        return PromptPass(cache, slots, lengths)
+    return SuffixPass(cache, slots, [start] * len(slots), lengths)
+
+
 class PromptPass(Pass):
     """Whole prompts, one to a slot: attention is training's, inside each document of the row."""
 
-    def __init__(self, cache, slots, lengths, device):
-        lengths = torch.tensor(lengths)
+    def __init__(self, cache, slots, lengths):
+        device, lengths = cache.device, torch.tensor(lengths)
         starts = lengths.cumsum(0) - lengths
         self.doc_start = starts.repeat_interleave(lengths).int().to(device)
         self.layout = attention_layout(self.doc_start)
@@ -103,7 +117,8 @@ class SuffixPass(Pass):
     attends, and lets the next overwrite it. What stays in the slot is the last one's.
     """
 
-    def __init__(self, cache, slots, starts, lengths, device):
+    def __init__(self, cache, slots, starts, lengths):
+        device = cache.device
         self.documents = list(zip(slots, starts, lengths, strict=True))
         self.masks = []  # (G·n, end) of each document, the same in all layers
         for _, begin, n in self.documents:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from cache import KVCache, PromptPass, SuffixPass, TokenPass
+from cache import KVCache, SuffixPass, TokenPass, reading
 from chat import Tokenizer
 from checkpoint import load_hf
 from errors import InputError
@@ -132,9 +132,9 @@ class TextGenerator:
         known = len(os.path.commonprefix([self.read, ids[:-1]]))
         sequence = Sequence(0, ids, most, np.random.default_rng([sampling.seed, len(ids)]))
         self.read = self.read[:known]
-        suffix = SuffixPass(self.cache, [0], [known], [len(ids) - known], self.device)
-        last = self.tensor([len(ids) - known - 1])
-        logits = self.model(self.tensor(ids[known:]), None, last, cache=suffix)
+        fresh = self.tensor(ids[known:])
+        read = reading(self.cache, [0], known, [len(fresh)])
+        logits = self.model(fresh, None, self.tensor([len(fresh) - 1]), cache=read)
         self.read, shown, finish = list(ids), 0, None
         while True:
             finish = self.take(sequence, choose(logits, [sequence], sampling).item(), sampling)
@@ -157,8 +157,8 @@ class TextGenerator:
         """
         found = [[0.0] * len(own) for own in options]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        lengths = [len(prompt) + max(map(len, options[i])) for i, prompt in enumerate(prompts)]
-        self.make_room(max(lengths, default=0))
+        longest = (max(map(len, own), default=0) for own in options)
+        self.make_room(max((len(p) + n for p, n in zip(prompts, longest, strict=True)), default=0))
         shared = self.read_shared(prompts)
         waiting = [Sequence(i, prompts[i], 1, None) for i in reversed(order)]
         while waiting:
@@ -167,7 +167,8 @@ class TextGenerator:
             rows = []  # (slot, prompt, option) of those with more than one token
             for slot, sequence in enumerate(fresh):
                 for k, option in enumerate(options[sequence.number]):
-                    found[sequence.number][k] = logps[slot, option[0]].item()
+                    if option:  # an empty one is certain: 0
+                        found[sequence.number][k] = logps[slot, option[0]].item()
                     if len(option) > 1:
                         rows.append((slot, sequence, k))
             for begin in range(0, len(rows), self.slots):
@@ -184,7 +185,7 @@ class TextGenerator:
         lengths = [len(option) - 1 for option in options]
         row = self.tensor([token for option in options for token in option[:-1]])
         labels = self.tensor([token for option in options for token in option[1:]])
-        suffix = SuffixPass(self.cache, slots, starts, lengths, self.device)
+        suffix = SuffixPass(self.cache, slots, starts, lengths)
         everywhere = torch.arange(len(row), device=self.device)
         nll = self.model(row, None, everywhere, labels, cache=suffix)
         return [own.sum().item() for own in nll.double().split(lengths)]
@@ -214,7 +215,7 @@ class TextGenerator:
         n = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
         if len(prompts) < 2 or n < WORTH_SHARING:
             return 0
-        read = PromptPass(self.cache, [self.slots], [n], self.device)
+        read = reading(self.cache, [self.slots], 0, [n])
         self.model.model(self.tensor(prompts[0][:n]), None, cache=read)
         return n
 
@@ -241,10 +242,7 @@ class TextGenerator:
         if shared:
             for slot in own:
                 self.cache.copy(self.slots, slot, shared)
-            read = SuffixPass(self.cache, own, [shared] * len(own), lengths, self.device)
-        else:
-            read = PromptPass(self.cache, own, lengths, self.device)
-        logits = self.model(row, None, ends, cache=read)
+        logits = self.model(row, None, ends, cache=reading(self.cache, own, shared, lengths))
         for slot, sequence in zip(slots, fresh, strict=True):
             source = distinct[tuple(sequence.prompt)]
             if source != slot:
@@ -280,11 +278,10 @@ class TextGenerator:
         if token == self.tokenizer.eos_id:
             return "eos"
         sequence.new.append(token)
-        if sampling.stop:
-            # A character takes four tokens at most; the first may be cut off from its like.
-            tokens = 4 * max(map(len, sampling.stop)) + 4
-            tail = self.tokenizer.continuation(sequence.new[-tokens:])
-        if any(stop in tail for stop in sampling.stop):
+        # A character takes four tokens at most; the first may be cut off from its like.
+        tail = sequence.new[-4 * max(map(len, sampling.stop), default=0) - 4 :]
+        text = self.tokenizer.continuation(tail) if sampling.stop else ""
+        if any(stop in text for stop in sampling.stop):
             return "stop"
         if len(sequence.new) == sequence.most:
             return "length" if sequence.most == sampling.max_new_tokens else "context"

@@ -32,6 +32,7 @@ from checkpoint import digest, own_share, weight_files
 from decoding import TextGenerator
 from errors import InputError, reported
 from evals.harness import Options, Records
+from model import LlamaConfig
 from parallel import gather_lists, start
 from run_folder import append_record, hold
 from training import check_bounds, environment, parse_args
@@ -77,18 +78,21 @@ def main(flags):
     options = Options(config.full, config.chat, config.mmlu_shots, config.seed)
     modules = {task: importlib.import_module(f"evals.{task}") for task in config.tasks}
     for task, module in modules.items():  # what is wrong with the data shows now
-        module.load(Path(config.data) / task, options)
-
-    generator = TextGenerator.from_folder(
-        config.model, device, getattr(torch, config.dtype), config.context or None, config.slots
-    )
-    run = run_of(config, generator.context)
+        folder = Path(config.data) / task
+        if not module.load(folder, options):
+            raise InputError(f"{folder}: holds no questions, expected some")
+    run = run_of(config)
     out, lines = Path(config.out), Path(config.out).with_suffix(".jsonl")
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = open(lines, "a")  # held until it is closed, with the end of this function
         hold(lock, out)
+    dist.barrier()  # until rank 0 holds it, another evaluation may write there
     records = Records(lines, earlier_records(lines, run))
+
+    generator = TextGenerator.from_folder(
+        config.model, device, getattr(torch, config.dtype), run["context"], config.slots
+    )
     dist.barrier()  # all have read before rank 0 writes
     if rank == 0:
         append_record(lines, {"event": "start", "run": run})
@@ -128,17 +132,18 @@ def check(config, device):
         raise InputError(f"--tasks: found {found}, expected some of {', '.join(TASKS)}")
     if config.data is None:
         raise InputError("--data DIR is needed: a folder with one for each of --tasks")
-    if Path(config.out).suffix != ".json":
-        raise InputError(f"--out is {config.out}, expected a name that ends in .json")
+    if Path(config.out).suffix != ".json" or Path(config.out).is_dir():
+        raise InputError(f"--out is {config.out}, expected a file whose name ends in .json")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if dtype not in ("bfloat16", "float32"):
         raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
     return dataclasses.replace(config, dtype=dtype)
 
 
-def run_of(config, context):
+def run_of(config):
     """What decides the answers, for telling evaluations apart: weights and not paths."""
     folder = Path(config.model)
+    context = config.context or LlamaConfig.from_folder(folder).max_position_embeddings
     paths = [*weight_files(folder), folder / "config.json", folder / "tokenizer.model"]
     digests = gather_lists([digest(folder / name) for name in own_share(p.name for p in paths)])
     names = ("full", "chat", "mmlu_shots", "seed", "dtype")

@@ -29,10 +29,14 @@ from tqdm import tqdm
 
 import demo
 import sft
+from chat import Tokenizer
+from checkpoint import weight_files
 from decoding import TextGenerator
 from errors import InputError, reported
+from model import LlamaConfig
 from parallel import gather_lists, start
 from readers import parse, read_batches
+from run_folder import hold
 from sampling import Sampling
 from schemas import check_messages
 from training import check_bounds, parse_args
@@ -69,21 +73,19 @@ def main(flags):
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     records = read_prompts(config) if config.prompts else None
     model = config.model or demo_model()
+    prompts = encode_prompts(records, model, config) if records else None
     slots = config.slots if config.prompts else 1
     context = config.context or None
     generator = TextGenerator.from_folder(model, device, getattr(torch, dtype), context, slots)
-    sampling = Sampling(
-        config.max_new_tokens,
-        config.temperature,
-        config.top_p,
-        tuple(config.stop or ()),
-        config.seed,
-    )
+    stop = tuple(config.stop or ())
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, stop, config.seed)
     if records:
-        answer_file(generator, records, config, sampling)
+        answer_file(generator, records, prompts, Path(config.out), sampling)
     elif config.prompt is not None:
-        show(generator.stream(prompt_ids(generator, {"prompt": config.prompt}, config), sampling))
+        ids = prompt_ids(generator.tokenizer, {"prompt": config.prompt}, config)
+        show(generator.stream(ids, sampling))
     else:
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end a chat
         chat(generator, config, sampling)
 
 
@@ -104,6 +106,9 @@ def check_flags(config, world):
         raise InputError(f"a chat and --prompt need one process, found {world}")
     if "" in (config.stop or ()):
         raise InputError("--stop is empty, expected some text")
+    for text in (config.prompt, config.system, *(config.stop or ())):
+        if text is not None and text.encode(errors="replace").decode() != text:
+            raise InputError(f"found {text!a} among the flags, expected UTF-8")
     if config.out is not None:
         if Path(config.out).exists():
             raise InputError(f"--out {config.out}: exists, expected a new file")
@@ -157,64 +162,78 @@ def check_prompt(record, chat):
             raise ValueError("messages end with assistant, expected a user's message")
 
 
-def prompt_ids(generator, record, config):
+def prompt_ids(tokenizer, record, config):
     """Token ids of a record's prompt."""
     if not config.chat:
-        return generator.tokenizer.raw(record["prompt"])
+        return tokenizer.raw(record["prompt"])
     system = [{"role": "system", "content": config.system}] if config.system else []
     user = {"role": "user", "content": record.get("prompt")}
-    return generator.tokenizer.prompt(record.get("messages") or [*system, user])
+    return tokenizer.prompt(record.get("messages") or [*system, user])
 
 
-def answer_file(generator, records, config, sampling):
-    """Answer every record and write --out, which appears when whole.
+def encode_prompts(records, model, config):
+    """Token ids of each record's prompt; raises `InputError` for one that fills the context."""
+    context = config.context or LlamaConfig.from_folder(model).max_position_embeddings
+    tokenizer = Tokenizer(model)
+    prompts = [prompt_ids(tokenizer, record, config) for record in records]
+    for record, ids in zip(records, prompts, strict=True):
+        if len(ids) >= context:
+            shown = json.dumps(record, ensure_ascii=False)[:60]
+            raise InputError(
+                f"--prompts {config.prompts}: {shown}… has {len(ids)} tokens, expected fewer than "
+                f"the {context} of the model's context"
+            )
+    return prompts
+
+
+def answer_file(generator, records, prompts, out, sampling):
+    """Answer every record and write `out`, which appears when whole.
 
     Until then the answers so far are in a file whose name holds a hash of all that decides them.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    prompts = [prompt_ids(generator, record, config) for record in records]
-    for record, ids in zip(records, prompts, strict=True):
-        if len(ids) >= generator.context:
-            shown = json.dumps(record, ensure_ascii=False)[:60]
-            raise InputError(
-                f"--prompts {config.prompts}: {shown}… has {len(ids)} tokens, expected fewer than "
-                f"the {generator.context} of the model's context"
-            )
-    facts = [os.path.realpath(config.model or ""), dataclasses.asdict(sampling), prompts]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-    out = Path(config.out)
-    partial = out.with_name(f"{out.name}.partial-{key}")
-    done = whole_lines(partial)
-    dist.barrier()  # all have counted before rank 0 writes
+    if rank == 0:
+        key = key_of(generator, records, prompts, sampling)
+        partial = out.with_name(f"{out.name}.partial-{key}")
+        file = open(partial, "a", encoding="utf-8")
+        hold(file, out)
+    (done,) = gather_lists([whole_lines(partial)] if rank == 0 else [])
     bar = tqdm(total=len(records), initial=done, unit="prompt", disable=rank > 0)
     cut = 0
     for begin in range(done, len(records), 4 * generator.slots * world):
         span = range(begin, min(begin + 4 * generator.slots * world, len(records)))
         own = span[rank::world]
-        answers = generator.generate(
-            [prompts[i] for i in own], sampling, own, lambda: bar.update(world)
-        )
+        asked = [prompts[i] for i in own]
+        answers = generator.generate(asked, sampling, own, lambda: bar.update(world))
         texts = dict(gather_lists([(i, a.text) for i, a in zip(own, answers, strict=True)]))
         cut += sum(gather_lists([a.finish in ("length", "context") for a in answers]))
         if rank == 0:
-            with open(partial, "a", encoding="utf-8") as file:
-                for i in span:
-                    line = records[i] | {"completion": texts[i]}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for i in span:
+                line = records[i] | {"completion": texts[i]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
     bar.close()
     if rank == 0:
         os.replace(partial, out)
-        print(f"{out}: {len(records):,} answers, {cut:,} of them cut off for their length")
+        made = f"{len(records) - done:,} made now, {cut:,} of them cut off for their length"
+        print(f"{out}: {len(records):,} answers, {made}")
+
+
+def key_of(generator, records, prompts, sampling):
+    """A hash of what decides the answers. Weights count by name, size and time, not by content."""
+    folder = generator.tokenizer.path.parent.resolve()
+    stats = [(str(path), path.stat()) for path in weight_files(folder)]
+    weights = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    settings = str(generator.dtype), generator.context, dataclasses.asdict(sampling)
+    facts = json.dumps([weights, settings, records, prompts])
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
 def whole_lines(path):
-    """How many lines an interrupted file has; rank 0 cuts off a last one that is not whole."""
-    if not path.exists():
-        return 0
+    """How many lines an interrupted file has; a last one that is not whole is cut off."""
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    if dist.get_rank() == 0 and len(whole) < len(content):
-        os.truncate(path, len(whole))
+    os.truncate(path, len(whole))
     return whole.count(b"\n")
 
 

@@ -17,12 +17,16 @@ class GraphedStep:
     """`step(tokens, positions, limit)` -> logits, as decoding.py's, recorded and replayed."""
 
     def __init__(self, step):
-        self.step = torch.compile(step)
-        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle()
+        # Not for each shape anew: compiled twice for one sequence and twice for several (up to the
+        # cache's end and before it). Without `dynamic` torch gives up after eight.
+        self.step = torch.compile(step, dynamic=True)
+        self.forget()
 
     def forget(self):
         """Drop what was recorded on a cache that is no more."""
-        self.recorded.clear()
+        # All graphs share their working memory. A pool whose last graph is gone cannot be used
+        # again, hence a new one.
+        self.recorded, self.pool = {}, torch.cuda.graph_pool_handle()
 
     def __call__(self, tokens, positions, limit, cache):
         """Logits (B, V); they are overwritten by the next call.
@@ -47,12 +51,7 @@ class GraphedStep:
         It is done with the real inputs, since it writes to the cache what they say.
         """
         inputs = filled.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiling, and first calls of libraries, cannot be recorded
-            for _ in range(2):
-                self.step(*inputs, limit)
-        torch.cuda.current_stream().wait_stream(side)
+        self.step(*inputs, limit)  # compiling, and first calls of libraries, cannot be recorded
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             logits = self.step(*inputs, limit)

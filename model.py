@@ -152,8 +152,8 @@ class Llama(nn.Module):
         input_ids (T,) int64, doc_start (T,) int32, predict (N,) int64 positions in the row.
         With labels (N,) int64: their negative log-likelihood (N,) fp32; `uniform_gradient=True`
         promises that the loss is a multiple of its sum (see kernels/cross_entropy.py).
-        Without: logits (N, V) fp32. `cache`: one of cache.py's, for text that goes on from what was
-        read before.
+        Without: logits (N, V) fp32. `cache`: a pass of cache.py, for tokens that are kept or go on
+        from kept ones; it knows the positions, and doc_start is None.
 
         The head sees only `predict`: prompts, which are not trained, never reach it. It is applied
         here, not by the caller, because FSDP2 gathers its weight only for this call.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from errors import RunError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -26,8 +28,11 @@ def choose(logits, sequences, sampling):
     first token, likeliest first, at which the cumulative probability passes u times that of all
     tokens allowed by top_p (nucleus sampling: Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
     """
+    likeliest = logits.argmax(-1, keepdim=True)  # the place of a NaN, where there is one
+    if not logits.gather(1, likeliest).isfinite().all():
+        raise RunError("the model's logits are not finite: its weights are damaged")
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return likeliest[:, 0]
     u = [[sequence.random.random()] for sequence in sequences]
     u = torch.tensor(u, dtype=torch.float64, device=logits.device)
     p = (logits / sampling.temperature).softmax(-1)
@@ -48,7 +53,6 @@ def choose(logits, sequences, sampling):
 
 def complete(text, stops):
     """How much of an unfinished answer may be shown: no half of a character or of a stop string."""
-    if text.endswith("\ufffd"):  # bytes of a character that is not whole
-        return len(text.rstrip("\ufffd"))
+    text = text.rstrip("\ufffd")  # bytes of a character that is not whole
     halves = (k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k]))
     return len(text) - max(halves, default=0)

@@ -99,7 +99,10 @@ def parse_args(config_class, argv=None):
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is list:
-            options = {"nargs": "+", "metavar": "TASK" if field.name == "tasks" else "PATH"}
+            options = {
+                "nargs": "+",
+                "metavar": {"tasks": "TASK", "stop": "TEXT"}.get(field.name, "PATH"),
+            }
         default = "" if field.default is None else f" (default: {field.default})"
         help = f"{comments[field.name]}{default}".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), help=help, **options)

@@ -5,6 +5,7 @@ import math
 import random
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,34 @@ def test_two_ranks_score_as_one(flags):
     assert by_id[0] == by_id[1]
 
 
+def test_one_evaluation_at_a_time(flags, monkeypatch):
+    """A second one with the same --out leaves before it loads the model."""
+    monkeypatch.setattr(evaluate, "hold", partial(evaluate.hold, patience=0))
+
+    def meanwhile(*arguments):
+        with pytest.raises(InputError, match="results.json: another run is writing there"):
+            evaluate.main(flags)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "from_folder", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(flags)
+
+
+def test_a_task_without_questions(flags):
+    """An empty file has no mean."""
+    (Path(flags["data"]) / "demo" / "held_out.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="demo: holds no questions"):
+        evaluate.main(flags)
+
+
+def test_scores_are_not_written_over_a_folder(flags):
+    """Which would show only when the first task is done."""
+    Path(flags["out"]).mkdir(parents=True)
+    with pytest.raises(InputError, match="results.json, expected a file"):
+        evaluate.main(flags)
+
+
 @pytest.mark.parametrize(
     "changes, expected",
     [
@@ -103,9 +132,10 @@ def test_two_ranks_score_as_one(flags):
         ({"chat": False}, "with chat True"),
     ],
 )
-def test_another_evaluation_is_not_mixed_in(flags, changes, expected):
-    """Records of other settings are named, and stay as they are."""
+def test_another_evaluation_is_not_mixed_in(flags, changes, expected, monkeypatch):
+    """Records of other settings are named before the model is loaded, and stay as they are."""
     evaluate.main(flags)
+    monkeypatch.delattr(TextGenerator, "from_folder")
     before = Path(flags["out"]).with_suffix(".jsonl").read_bytes()
     with pytest.raises(InputError, match=expected):
         evaluate.main(flags | changes)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -86,13 +87,45 @@ def test_an_interrupted_file_is_gone_on_with(base, prompts, monkeypatch):
     monkeypatch.setattr(TextGenerator, "generate", fail)
     with pytest.raises(KeyboardInterrupt):
         generate.main(flags)
-    (partial,) = prompts.parent.glob("out.jsonl.partial-*")
-    with open(partial, "a") as file:
+    (begun,) = prompts.parent.glob("out.jsonl.partial-*")
+    with open(begun, "a") as file:
         file.write('{"prompt": "half a')
     monkeypatch.setattr(TextGenerator, "generate", count)
     generate.main(flags)
     assert made == [4, 1]
     assert read(prompts.with_name("out.jsonl")) == read(prompts.with_name("whole.jsonl"))
+
+
+def test_one_run_at_a_time(base, prompts, monkeypatch):
+    """A second run with the same --out waits a little and leaves; what the first wrote stays."""
+    flags = flags_for(base, prompts)
+    monkeypatch.setattr(generate, "hold", partial(generate.hold, patience=0))
+
+    def meanwhile(self, own, *more):
+        with pytest.raises(InputError, match="out.jsonl: another run is writing there"):
+            generate.main(flags)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "generate", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        generate.main(flags)
+
+
+def test_other_settings_begin_anew(base, prompts, monkeypatch):
+    """Answers to other lines or with another precision, context or seed are not gone on with."""
+
+    def stop(self, *more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "generate", stop)
+    flags = flags_for(base, prompts)
+    other = prompts.with_name("other.jsonl")
+    other.write_text(prompts.read_text().replace('"id": 7', '"id": 8'))
+    for changes in ({}, {"slots": 3}, {"dtype": "bfloat16"}, {"context": 999}, {"seed": 1},
+                    {"prompts": str(other)}):  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            generate.main(flags | changes)
+    assert len(list(prompts.parent.glob("out.jsonl.partial-*"))) == 5  # slots decide nothing
 
 
 def test_two_ranks_answer_as_one(base, prompts):
@@ -165,6 +198,14 @@ def test_chat(base, monkeypatch, capsys):
     assert shown.out.count(generate.HELP) == 2 and next(lines) == "never"
 
 
+def test_a_chat_survives_bytes_that_are_no_text(base):
+    """A terminal in another encoding than UTF-8."""
+    command = [sys.executable, "generate.py", "--model", str(base), "--max-new-tokens", "3"]
+    done = subprocess.run(command, cwd=ROOT, input=b"caf\xe9\n", capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(b"\n> ") == 2
+
+
 @pytest.mark.parametrize(
     "line, expected",
     [
@@ -177,8 +218,9 @@ def test_chat(base, monkeypatch, capsys):
         ('{"prompt": "' + "many words " * 2000 + '"}', "the model's context"),
     ],
 )
-def test_a_bad_line_is_named(base, prompts, line, expected):
-    """Before any answer; nothing is written."""
+def test_a_bad_line_is_named(base, prompts, line, expected, monkeypatch):
+    """Before the model is loaded; nothing is written."""
+    monkeypatch.delattr(TextGenerator, "from_folder")
     with open(prompts, "a") as file:
         file.write("\n" + line + "\n")
     with pytest.raises(InputError, match=expected) as caught:
@@ -195,6 +237,8 @@ def test_a_bad_line_is_named(base, prompts, line, expected):
         ("--prompts x.jsonl --out y.jsonl", "expected a .jsonl file"),
         ("--prompts x.jsonl --out y.jsonl --prompt hi", "expected one of them"),
         ("--no-chat", "found neither"),
+        ("--prompt caf\udce9", "'caf.udce9' among the flags, expected UTF-8"),
+        ("--prompt a --system \udce9", "expected UTF-8"),
         ("--no-chat --prompt a --system b", "--system"),
         ("--prompt a --temperature -1", "--temperature is -1.0"),
         ("--prompt a --top-p 0", "--top-p is 0.0"),
