@@ -28,11 +28,11 @@ def choose(logits, sequences, sampling):
     first token, likeliest first, at which the cumulative probability passes u times that of all
     tokens allowed by top_p (nucleus sampling: Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
     """
-    likeliest = logits.argmax(-1, keepdim=True)  # the place of a NaN, where there is one
-    if not logits.gather(1, likeliest).isfinite().all():
+    best = logits.argmax(-1, keepdim=True)  # the place of a NaN, where there is one
+    if not logits.gather(1, best).isfinite().all():
         raise RunError("the model's logits are not finite: its weights are damaged")
     if sampling.temperature == 0:
-        return likeliest[:, 0]
+        return best[:, 0]
     u = [[sequence.random.random()] for sequence in sequences]
     u = torch.tensor(u, dtype=torch.float64, device=logits.device)
     p = (logits / sampling.temperature).softmax(-1)
