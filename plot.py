@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from errors import InputError, reported
 from run_folder import read_records
@@ -108,13 +109,13 @@ def plot_kernels(json_path, png_path):
         axis.tick_params(axis="x", rotation=60)
     for axis, unit, label in ((axes[2], "ms", "time, ms"), (axes[3], "peak_mib", "memory, MiB")):
         for provider in dict.fromkeys(r["provider"] for r in losses):
-            rows = sorted(
-                (r["N"], r[unit]) for r in losses if r["provider"] == provider and unit in r
-            )
-            if rows:
-                axis.plot(*zip(*rows, strict=True), marker="o", label=provider)
-        axis.set(title="head and loss, both ways", xlabel="tokens", ylabel=label)
-        axis.set(xscale="log", yscale="log")
+            rows = [r for r in losses if r["provider"] == provider and unit in r]
+            if points := sorted((r["N"], r[unit]) for r in rows):
+                tokens, values = zip(*points, strict=True)
+                axis.plot([f"{n:,}" for n in tokens], values, marker="o", label=provider)
+        axis.set(title="head and loss, both ways", xlabel="tokens", ylabel=label, yscale="log")
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}")
+        axis.yaxis.set_minor_formatter("")
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.has_data():

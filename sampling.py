@@ -41,11 +41,12 @@ def choose(logits, sequences, sampling):
     for k in (256, p.shape[-1]):
         likeliest, tokens = p.topk(min(k, p.shape[-1]))
         total = likeliest.double().cumsum(-1)
-        if (total[:, -1] >= sampling.top_p).all():
+        # Where all tokens are allowed, it is enough to have those that u may choose.
+        if (total[:, -1:] > (u if sampling.top_p == 1 else sampling.top_p)).all():
             break
     # Tokens are allowed up to the first at which the probability of all so far reaches top_p.
     allowed = (total - likeliest < sampling.top_p).sum(-1, keepdim=True)
-    mass = total.gather(1, allowed - 1)
+    mass = total.gather(1, allowed - 1) if sampling.top_p < 1 else 1.0
     rank = torch.searchsorted(total, u * mass, right=True).minimum(allowed - 1)
     return tokens.gather(1, rank)[:, 0]
 

@@ -121,7 +121,10 @@ def write(path, command, device, **content):
 def commit():
     """The commit that runs, with a + where files were changed since; None outside git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
     return done.stdout.strip() or None
 
 

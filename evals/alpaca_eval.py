@@ -60,7 +60,7 @@ def evaluate(generator, records, folder, options):
     items = load(folder, options)
     for own in records.pending(items):
         prompts = [prompt(generator.tokenizer, item, options) for item in own]
-        answers = generator.generate(prompts, SAMPLING)
+        answers = generator.generate(prompts, SAMPLING, advance=records.advance)
         records.add(
             [
                 {"id": item["id"], "prompt": generator.tokenizer.visible(ids),

@@ -81,7 +81,8 @@ def evaluate(generator, records, folder, options):
     with ThreadPoolExecutor(max(1, cores)) as pool:
         for own in records.pending(items, per_rank=8 * SAMPLES):
             prompts = [prompt(generator.tokenizer, item, options) for item in own]
-            answers = generator.generate(prompts, sampling, [seed_of(item) for item in own])
+            seeds = [seed_of(item) for item in own]
+            answers = generator.generate(prompts, sampling, seeds, records.advance)
             verdicts = pool.map(score, own, [answer.text for answer in answers])
             records.add(
                 [

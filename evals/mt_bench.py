@@ -89,11 +89,11 @@ def evaluate(generator, records, folder, options):
     items = load(folder, options)
     first, second = turns(items, 1), turns(items, 2)
     for own in records.pending(first):
-        records.add(answered(generator, own, [()] * len(own), options))
+        records.add(answered(generator, records, own, [()] * len(own), options))
     begun = {record["id"]: record["answer"] for record in records.of(first)}
     for own in records.pending(second):
         before = [(begun[f"{item['question_id']}/1"],) for item in own]
-        records.add(answered(generator, own, before, options))
+        records.add(answered(generator, records, own, before, options))
     found = [records.of(first), records.of(second)]
     name = model_name(generator)
     path = write_outputs(records, "mt_bench.jsonl", json_lines(lines(items, *found, name)))
@@ -109,14 +109,15 @@ def evaluate(generator, records, folder, options):
     )
 
 
-def answered(generator, own, before, options):
+def answered(generator, records, own, before, options):
     """Records of the items of one turn, given each one's answers before it."""
     tokenizer, found = generator.tokenizer, {}
     for temperature in sorted({TEMPERATURES[item["category"]] for item in own}):
         sampling = Sampling(1024, temperature, seed=options.seed)
         part = [i for i, item in enumerate(own) if TEMPERATURES[item["category"]] == temperature]
         prompts = [prompt(tokenizer, own[i], options, before[i]) for i in part]
-        answers = generator.generate(prompts, sampling, [seed_of(own[i]) for i in part])
+        seeds = [seed_of(own[i]) for i in part]
+        answers = generator.generate(prompts, sampling, seeds, records.advance)
         for i, ids, answer in zip(part, prompts, answers, strict=True):
             found[i] = {
                 "id": own[i]["id"],

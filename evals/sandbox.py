@@ -58,7 +58,7 @@ def attempt(program, seconds):
     }
     with tempfile.TemporaryDirectory(prefix="program") as folder:
         child = subprocess.Popen(
-            [sys.executable, "-B", "-s", CONFINED],
+            [sys.executable, "-B", CONFINED],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -77,7 +77,7 @@ def evaluate(generator, records, folder, options):
     sampling = Sampling(max_new_tokens=512, stop=() if options.chat else ("\n",))
     for own in records.pending(items):
         prompts = [prompt(generator.tokenizer, item, options) for item in own]
-        answers = generator.generate(prompts, sampling)
+        answers = generator.generate(prompts, sampling, advance=records.advance)
         records.add(
             [
                 {"id": item["id"], "prompt": generator.tokenizer.visible(ids),

@@ -138,7 +138,7 @@ def evaluate(generator, records, folder, options):
     for own in records.pending(items):
         asked = [options_of(generator.tokenizer, item, options) for item in own]
         prompts, choices = [ids for ids, _ in asked], [found for _, found in asked]
-        completions = generator.generate(prompts, sampling)
+        completions = generator.generate(prompts, sampling, advance=records.advance)
         logps = generator.option_logps(prompts, choices)
         records.add(
             [

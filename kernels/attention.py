@@ -32,12 +32,12 @@ and dv sum over every query head that reads the key head. The code counts expone
 
 Cost of a document of n tokens, per query head, n²/2 pairs, 2-byte elements:
 
-                        FLOPs     bytes to memory, naive     fused
-    forward             2 n² D    4 n² (s and p, out, in)    8 n D   (q, k, v, o)
-    backward            5 n² D    6 n² (p, dp, ds)           14 n D  (q, k, v, o, do; dq, dk, dv)
+                FLOPs     bytes to memory, naive                        fused
+    forward     2 n² D    4 n² (s and p: out, in)                       8 n D (q, k, v, o)
+    backward    5 n² D    7 n² (p in twice; dp out, in; ds out, twice)  16 n D (and do, dq, dk, dv)
 
 Naive, the n² terms rule from n = 2 D on. Here dq and dk, dv are made by two kernels that both
-recompute s and dp: 7 n² D, in return for sums without atomics, the same bits in every run.
+recompute s and dp: 7 n² D and 24 n D, in return for sums without atomics, the same bits every run.
 """
 
 import math
@@ -61,14 +61,11 @@ def attention(q, k, v, doc_start, layout=None):
 
 
 def attention_layout(doc_start):
-    """What attention needs besides doc_start: on CUDA doc_end (T,) int32, else documents' lengths.
+    """What attention needs besides doc_start: doc_end (T,) int32, where each document ends.
 
-    The first does not wait for the GPU: doc_start is sorted, so a search in itself finds the ends.
+    doc_start is sorted, so a search in itself finds the ends, without waiting for a GPU.
     """
-    if doc_start.is_cuda:
-        return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
-    starts = (doc_start == torch.arange(len(doc_start))).nonzero()[:, 0]
-    return starts.diff(append=torch.tensor([len(doc_start)]))
+    return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
 
 
 def attention_reference(q, k, v, doc_start):
@@ -84,15 +81,14 @@ def attention_reference(q, k, v, doc_start):
 
 
 @torch.compiler.disable  # it would compile anew for every batch's lengths
-def attention_cpu(q, k, v, layout):
+def attention_cpu(q, k, v, doc_end):
     """One call of torch's blocked CPU attention per document.
 
-    `split`, not slices: the backward of a slice fills a tensor of the whole row per document. Tried
-    and no faster where training runs (documents of about 190 tokens): documents of similar length
-    padded into one call, and the repeated key/value heads made once for the row.
+    `split`, not slices: the backward of a slice fills a tensor of the whole row per document.
+    Padding documents of similar length into one call was no faster at about 190 tokens each.
     """
-    # An empty row is one document of no tokens, so that q, k and v still get their gradients.
-    lengths, documents = layout.tolist() or [0], []
+    lengths, documents = doc_end.unique_consecutive(return_counts=True)[1].tolist(), []
+    lengths = lengths or [0]  # an empty row: one document, so that q, k and v get their gradients
     for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         heads_first = (x.transpose(0, 1)[None] for x in one)  # (1, H or Hk, length, D)
         out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
@@ -103,7 +99,7 @@ def attention_cpu(q, k, v, layout):
 # Kernels: a program owns a tile of queries (or keys) of one head and walks along the other side, so
 # every sum has one owner and a fixed order. A walk has two parts, one body compiled twice: tiles in
 # which every pair is seen, then the tiles on the diagonal or across a document's edge, with a mask.
-# Tiles lie on the row's grid, not the documents': as many as the tokens need, however short those.
+# What a program owns lies on the row's grid, not the documents': no more programs for short ones.
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
 LOW = tl.constexpr(-1e30)  # the maximum of nothing: finite, because inf - inf is not
@@ -116,14 +112,12 @@ def load_tile(base, start, T, STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.co
     """Rows start, start + 1, … of a (T, D) matrix -> (ROWS, D rounded up to a power of 2).
 
     Rows beyond T repeat the last: they are finite, and what they give is masked or never stored.
-    (A mask instead costs predicates, which at D = 128 spilled registers.) The start is added in 64
-    bits, the offsets within the tile in 32.
+    (A mask instead costs predicates, which at D = 128 spilled registers; that of the columns is
+    known to the compiler.) The start is added in 64 bits, the offsets within the tile in 32.
     """
     rows = tl.minimum(tl.arange(0, ROWS), T - 1 - start)[:, None]
     columns = tl.arange(0, triton.next_power_of_2(D))[None, :]
     pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows * STRIDE + columns)
-    if D == triton.next_power_of_2(D):
-        return tl.load(pointers)
     return tl.load(pointers, mask=columns < D, other=0.0)
 
 
@@ -244,7 +238,7 @@ def backward_kv_kernel(
     v_j = load_tile(v + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
     dk_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
     dv_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
-    # Tiles of queries from `first` to the last document's end: some on the diagonal, then, if the
+    # Tiles of queries from `first` to the last document's end: those on the diagonal, then, if the
     # keys are of one document, `full` ones, then those in which a document ends.
     end = tl.load(doc_end + tl.minimum(first + BN, T) - 1)
     one_document = tl.load(doc_end + first) == end
@@ -277,8 +271,8 @@ def blocks(kernel, dtype, shared_memory):
     """Block sizes of a kernel: of those tried, the largest that spill no registers.
 
     shared_memory: bytes that the chip gives a block, 227 KB on Hopper; the small ones fit 99 KB.
-    tests/test_kernels_compiled.py compiles all of them and prints what they need. fp32 runs without
-    tensor cores, to check the rest by.
+    tests/test_kernels_compiled.py compiles all of them, `bench.py tune` times others. fp32 runs
+    without tensor cores, to check the rest by.
     """
     if dtype == torch.float32:
         warps = 8 if kernel is backward_q_kernel else 4
@@ -293,14 +287,12 @@ def blocks(kernel, dtype, shared_memory):
 
 
 def shared_memory(x):
-    """Bytes that a block may have on the GPU of x."""
-    if not x.is_cuda:
-        return 0
-    return torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    """Bytes that a block may have on the GPU of x; none where Triton interprets."""
+    gpu = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    return gpu.shared_memory_per_block_optin if gpu else 0
 
 
-# Custom operators, so that torch.compile keeps a kernel as one node of its graph. Their fakes tell
-# it the shapes.
+# Custom operators: torch.compile keeps each as one node of its graph; fakes tell it the shapes.
 
 
 @torch.library.custom_op("tulu::attention", mutates_args=())
@@ -365,6 +357,5 @@ def attention_triton(q, k, v, doc_start, doc_end=None):
     """`attention` by the kernels; CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     D = q.shape[2]
     assert D % 16 == 0 and 16 <= D <= 128, f"head size {D}, expected a multiple of 16 up to 128"
-    if doc_end is None:
-        doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
+    doc_end = attention_layout(doc_start) if doc_end is None else doc_end
     return attention_op(q, k, v, doc_start, doc_end)[0]

@@ -66,21 +66,13 @@ def test_attention_on_cpu_equals_the_definition(lengths, H, Hk):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_layout_holds_the_lengths_and_changes_nothing():
+def test_layout_holds_the_ends_and_changes_nothing():
     """The layout made once per row is what `attention` would make itself."""
-    lengths = [5, 1, 9]
-    doc_start = doc_start_of(lengths)
-    assert attention_layout(doc_start).tolist() == lengths
-    q, k, v, _ = make_inputs(lengths, 2, 1, 16, torch.float32)
+    doc_start = doc_start_of([5, 1, 9])
+    assert attention_layout(doc_start).tolist() == [5] * 5 + [6] + [15] * 9
+    q, k, v, _ = make_inputs([5, 1, 9], 2, 1, 16, torch.float32)
     with_layout = attention(q, k, v, doc_start, attention_layout(doc_start))
     assert torch.equal(with_layout, attention(q, k, v, doc_start))
-
-
-def test_empty_row():
-    """A row of no tokens has an empty output and empty gradients."""
-    inputs = [torch.zeros(0, heads, 16) for heads in (4, 2, 2, 4)]
-    out, dq, dk, dv = run(attention, *inputs, torch.zeros(0, dtype=torch.int32))
-    assert out.shape == dq.shape == (0, 4, 16) and dk.shape == dv.shape == (0, 2, 16)
 
 
 def naive(q, k, v, doc_start):
@@ -139,9 +131,8 @@ def test_kernels_in_fp32_on_every_kind_of_row(lengths):
 @pytest.mark.parametrize("D", range(16, 129, 16))
 def test_kernels_for_every_head_size(D, dtype):
     """Also those that are no power of 2, whose tiles are wider than they are."""
-    lengths = [37, 1, 9]
-    inputs = make_inputs(lengths, 1, 1, D, dtype)
-    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of(lengths))
+    inputs = make_inputs([37, 1, 9], 1, 1, D, dtype)
+    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of([37, 1, 9]))
 
 
 @kernel
@@ -149,19 +140,18 @@ def test_kernels_for_every_head_size(D, dtype):
 @pytest.mark.parametrize("H, Hk", [(2, 2), (4, 2), (8, 1)])
 def test_kernels_for_grouped_heads(H, Hk, dtype):
     """dk and dv are sums over the query heads of a group."""
-    lengths = [37, 64, 5]
-    inputs = make_inputs(lengths, H, Hk, 16, dtype)
-    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of(lengths))
+    inputs = make_inputs([37, 64, 5], H, Hk, 16, dtype)
+    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of([37, 64, 5]))
 
 
 @kernel
 def test_kernels_on_strided_inputs():
     """Slices of one projection's output, and an upstream gradient with heads first."""
-    lengths, generator = [37, 5], torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     joined = torch.randn(42, 4, 3 * 16, generator=generator).half().to(DEVICE)
     d_out = torch.randn(4, 42, 16, generator=generator).half().to(DEVICE).transpose(0, 1)
     inputs = [*joined.split(16, dim=2), d_out]
-    doc_start = doc_start_of(lengths).to(DEVICE)
+    doc_start = doc_start_of([37, 5]).to(DEVICE)
     whole = run(attention_triton, *(x.contiguous() for x in inputs), doc_start)
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     out = attention_triton(q, k, v, doc_start)
@@ -170,12 +160,13 @@ def test_kernels_on_strided_inputs():
         assert torch.equal(a, b)
 
 
-@kernel
-def test_kernels_on_an_empty_row():
-    """No tokens, no launch, empty gradients."""
-    inputs = [torch.zeros(0, heads, 16, device=DEVICE) for heads in (4, 2, 2, 4)]
-    doc_start = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-    out, dq, dk, dv = run(attention_triton, *inputs, doc_start)
+@pytest.mark.parametrize("function", [attention, pytest.param(attention_triton, marks=kernel)])
+def test_empty_row(function):
+    """A row of no tokens has an empty output and empty gradients."""
+    device = DEVICE if function is attention_triton else "cpu"
+    inputs = [torch.zeros(0, heads, 16, device=device) for heads in (4, 2, 2, 4)]
+    doc_start = torch.zeros(0, dtype=torch.int32, device=device)
+    out, dq, dk, dv = run(function, *inputs, doc_start)
     assert out.shape == dq.shape == (0, 4, 16) and dk.shape == dv.shape == (0, 2, 16)
 
 
@@ -192,10 +183,9 @@ def walk_kernel(doc_start, walk, T, BM: tl.constexpr, BN: tl.constexpr):
 @pytest.mark.parametrize("lengths", [[900], [128, 256, 130], [5, 300, 1, 77, 450], [7] * 90])
 @pytest.mark.parametrize("BM, BN", [(128, 64), (128, 128), (16, 32)])
 def test_a_walk_covers_what_is_seen_and_masks_only_edges(lengths, BM, BN):
-    """Of the keys that a tile of queries may see none is left out; unmasked tiles see all pairs.
+    """It spans just the keys that some query of the tile sees; unmasked are those that all see.
 
-    And no tile begins before the first document of the tile's rows or behind its last row, so the
-    cost is that of the documents; in a long document all but the diagonal goes without a mask.
+    So the cost is that of the documents, and in a long one only the diagonal has a mask.
     """
     doc_start, T = doc_start_of(lengths), sum(lengths)
     walk = torch.zeros(triton.cdiv(T, BM), 3, dtype=torch.int32, device=DEVICE)
@@ -218,10 +208,7 @@ def poisoned(x, first, last):
 
 @kernel
 def test_no_tile_outside_a_document_is_read():
-    """Not by the walk over keys, and in backward not over queries: NaN would spread as 0 · NaN.
-
-    The tile that begins at 128 stays finite where all lies in NaN that its walk may not touch.
-    """
+    """The tile at 128 stays finite with NaN, which spreads as 0 · NaN, all around its walk."""
     lengths, dtype, first = [100, 100, 30, 120], torch.float16, 128
     (q, k, v, d_out), doc_start = make_inputs(lengths, 1, 1, 16, dtype), doc_start_of(lengths)
     chip = shared_memory(q.to(DEVICE))
@@ -247,7 +234,7 @@ def test_operators_have_shapes_and_gradients_for_the_compiler():
     inputs = make_inputs(lengths, 2, 1, 16, torch.float32)
     q, k, v, _ = (x.to(DEVICE).requires_grad_() for x in inputs)
     doc_start = doc_start_of(lengths).to(DEVICE)
-    doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
+    doc_end = attention_layout(doc_start)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (q, k, v, doc_start, doc_end)
     torch.library.opcheck(torch.ops.tulu.attention, arguments, test_utils=tests)
@@ -255,13 +242,16 @@ def test_operators_have_shapes_and_gradients_for_the_compiler():
 
 @kernel
 def test_torch_compile_takes_them_whole():
-    """No graph break, and the same numbers as eagerly."""
-    inputs = [x.to(DEVICE) for x in make_inputs([5, 3], 2, 1, 16, torch.float32)]
-    doc_start = doc_start_of([5, 3]).to(DEVICE)
-    compiled = torch.compile(attention_triton, backend="aot_eager", fullgraph=True, dynamic=True)
-    eager = run(attention_triton, *inputs, doc_start)
-    for a, b in zip(run(compiled, *inputs, doc_start), eager, strict=True):
-        assert torch.equal(a, b)
+    """One graph for rows of any documents, with the numbers of eager mode."""
+    backend = "inductor" if GPU else "aot_eager"
+    compiled = torch.compile(attention_triton, backend=backend, fullgraph=True, dynamic=True)
+    for lengths in ([5, 3], [8], [1, 9]):
+        inputs = [x.to(DEVICE) for x in make_inputs(lengths, 2, 1, 16, torch.float16)]
+        doc_start = doc_start_of(lengths).to(DEVICE)
+        layout = attention_layout(doc_start)
+        eager = run(attention_triton, *inputs, doc_start, layout)
+        for a, b in zip(run(compiled, *inputs, doc_start, layout), eager, strict=True):
+            assert torch.equal(a, b)
 
 
 gpu = pytest.mark.gpu
@@ -292,19 +282,6 @@ def test_on_a_gpu_the_same_bits_every_time():
     first = run(attention, *inputs, doc_start)
     for _ in range(5):
         for a, b in zip(first, run(attention, *inputs, doc_start), strict=True):
-            assert torch.equal(a, b)
-
-
-@gpu
-def test_on_a_gpu_compiled():
-    """torch.compile makes one graph for rows of any documents, with the numbers of eager mode."""
-    compiled = torch.compile(attention, fullgraph=True, dynamic=True)
-    for lengths in ([100, 156], [256], [1, 255]):
-        inputs = [x.cuda() for x in make_inputs(lengths, 4, 2, 64, torch.bfloat16)]
-        doc_start = doc_start_of(lengths).cuda()
-        layout = attention_layout(doc_start)
-        eager = run(attention, *inputs, doc_start, layout)
-        for a, b in zip(run(compiled, *inputs, doc_start, layout), eager, strict=True):
             assert torch.equal(a, b)
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pairs import message, pair, write
 
 import bench
-from benchmarks import dpo, generate, kernels, load, measure, sft, step, table, tune
+from benchmarks import dpo, generate, kernels, load, measure, memory, sft, step, table, tune
 from errors import InputError
 from model import LlamaConfig
 
@@ -34,6 +35,12 @@ def test_packed_lengths_fill_the_row():
     # Of a log-normal distribution, the mean weighted by length is mean · exp(sigma²).
     lengths = measure.packed_lengths(490, 400_000)
     assert sum(n * n for n in lengths) / 400_000 == pytest.approx(490 * np.exp(0.81), rel=0.1)
+
+
+def test_results_without_git(monkeypatch):
+    """A machine that has none gets its figures written all the same."""
+    monkeypatch.setenv("PATH", "")
+    assert measure.commit() is None
 
 
 def test_kernels_rehearsal(tmp_path):
@@ -216,17 +223,19 @@ def test_flops_of_the_dpo_loops():
     assert dpo.loop_flops("TRL, 2", SHAPE, lengths, 7) == padded + 4 * head * 3
 
 
-def test_dpo_rehearsal(base, tmp_path):
+@pytest.fixture
+def sums(tmp_path):
+    """Path of 16 pairs of short answers."""
+    prompts = [[message("user", f"What is {k} plus 2?")] for k in range(16)]
+    answers = [(f"The answer is {k + 2}.", "The fox sleeps. " * (k % 3 + 1)) for k in range(16)]
+    records = [pair(prompt, *both) for prompt, both in zip(prompts, answers, strict=True)]
+    return write(tmp_path / "pairs.jsonl", records)
+
+
+def test_dpo_rehearsal(base, sums, tmp_path):
     """`bench.py dpo --toy` trains all loops to the same losses and writes what it measured."""
-    records = []
-    for k in range(16):
-        prompt = {"role": "user", "content": f"What is {k} plus 2?"}
-        answers = (f"The answer is {k + 2}.", "The fox sleeps. " * (k % 3 + 1))
-        sides = ([prompt, {"role": "assistant", "content": answer}] for answer in answers)
-        records.append(dict(zip(("chosen", "rejected"), sides, strict=True)))
-    data, path = tmp_path / "pairs.jsonl", tmp_path / "dpo.json"
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    flags = ["--toy", "--data", data, "--tokenizer", base, "--batch-size", 8, "--out", path]
+    path = tmp_path / "dpo.json"
+    flags = ["--toy", "--data", sums, "--tokenizer", base, "--batch-size", 8, "--out", path]
     figures = dpo.main([*map(str, flags), "--micro-tokens", "300"])
     results = json.loads(path.read_text())
     assert results["speed_up"] == figures["speed_up"] > 0 and results["updates"] == 2
@@ -235,6 +244,16 @@ def test_dpo_rehearsal(base, tmp_path):
     for loop in results["loops"].values():
         assert loop["losses"][0] == pytest.approx(np.log(2), abs=1e-5)
         assert len(loop["seconds"]) == 2 and loop["gflop_per_update"] > 0
+
+
+def test_memory_rehearsal(base, sums, tmp_path):
+    """`bench.py memory --toy` runs sft.py once and dpo.py twice, on the same row of all pairs."""
+    path = tmp_path / "memory.json"
+    flags = ["--toy", "--data", sums, "--tokenizer", base, "--pairs", 5, "--out", path]
+    memory.main([*map(str, flags)])
+    results = json.loads(path.read_text())
+    assert len(results["peak_gib"]) == 3 and results["pairs"] == 5
+    assert all(len(peaks) == 3 and min(peaks) > 0 for peaks in results["peak_gib"].values())
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux counts it")

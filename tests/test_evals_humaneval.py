@@ -57,7 +57,7 @@ class Scripted:
         self.tokenizer, self.answer, self.count = tokenizer, answer, 0
         self.prompts, self.samplings, self.seeds = [], [], []
 
-    def generate(self, prompts, sampling, seeds):
+    def generate(self, prompts, sampling, seeds, advance):
         self.prompts += prompts
         self.samplings.append(sampling)
         self.seeds += seeds

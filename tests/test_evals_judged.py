@@ -24,7 +24,7 @@ class Scripted:
     def __init__(self, tokenizer, answer):
         self.tokenizer, self.answer, self.asked = tokenizer, answer, []
 
-    def generate(self, prompts, sampling, seeds=None):
+    def generate(self, prompts, sampling, seeds=None, advance=None):
         texts = [self.tokenizer.visible(ids) for ids in prompts]
         self.asked += [(text, sampling) for text in texts]
         return [Completion([5], self.answer(text), "eos") for text in texts]
