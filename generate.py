@@ -197,6 +197,8 @@ def answer_file(generator, records, prompts, out, sampling):
         partial = out.with_name(f"{out.name}.partial-{key}")
         file = open(partial, "a", encoding="utf-8")
         hold(file, out)
+        if out.exists():  # the run that held it has ended
+            raise InputError(f"--out {out}: exists, expected a new file")
     (done,) = gather_lists([whole_lines(partial)] if rank == 0 else [])
     bar = tqdm(total=len(records), initial=done, unit="prompt", disable=rank > 0)
     cut = 0

@@ -111,6 +111,15 @@ def test_one_run_at_a_time(base, prompts, monkeypatch):
         generate.main(flags)
 
 
+def test_the_run_waited_for_has_ended(base, prompts, monkeypatch):
+    """Its answers are there then, and are not made and written again."""
+    flags = flags_for(base, prompts)
+    monkeypatch.setattr(generate, "hold", lambda file, out: out.write_text("whole"))
+    with pytest.raises(InputError, match="out.jsonl: exists"):
+        generate.main(flags)
+    assert prompts.with_name("out.jsonl").read_text() == "whole"
+
+
 def test_other_settings_begin_anew(base, prompts, monkeypatch):
     """Answers to other lines or with another precision, context or seed are not gone on with."""
 
