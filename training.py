@@ -93,7 +93,8 @@ def parse_args(config_class, argv=None):
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is list:
-            options = {"nargs": "+", "metavar": "PATH"}
+            # `--data a b` and `--data a --data b` are the same.
+            options = {"nargs": "+", "action": "extend", "metavar": "PATH"}
         default = "" if field.default is None else f" (default: {field.default})"
         help = f"{comments[field.name]}{default}".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), help=help, **options)
