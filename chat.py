@@ -89,24 +89,40 @@ class Tokenizer:
         """
         return self._encode(messages, answer=False)
 
-    def prompt(self, messages):
-        """Token ids up to where the next answer begins: they end in `<|assistant|>⏎`."""
-        return self._encode(messages, answer=True)[0]
+    def prompt(self, messages, prefill=""):
+        """Token ids up to where the next answer begins: they end in `<|assistant|>⏎`.
+
+        prefill: the beginning of the answer, put into the assistant's mouth.
+        """
+        return self._encode(messages, answer=True, prefill=prefill)[0]
+
+    def raw(self, text):
+        """Token ids of BOS and a text that is to be continued as it stands, without chat format."""
+        return [self.bos_id, *self.sp.encode(text)]
 
     def decode(self, ids):
-        """Text of generated ids; BOS and EOS leave no trace."""
-        return self.sp.decode(ids)
+        """Text of generated ids; BOS, EOS and ids without a piece leave no trace."""
+        return self.sp.decode(self.with_piece(ids))
+
+    def continuation(self, ids):
+        """Text of ids that go on from others: a space before its first word stays."""
+        # SentencePiece drops it at the beginning of a text, so the text begins with a line feed.
+        return self.sp.decode([self.line_feed, *self.with_piece(ids)])[1:]
+
+    def with_piece(self, ids):
+        """The ids that are the tokenizer's: a model may have more rows (padding) and choose one."""
+        return [i for i in ids if i < self.vocab_size]
 
     def visible(self, ids):
         """Text of any ids for a person to look at, BOS and EOS written out."""
         text = b""
-        for i in ids:
+        for i in self.with_piece(ids):
             piece = self.sp.id_to_piece(i)
             byte = self.sp.is_byte(i)
             text += bytes([int(piece[3:5], 16)]) if byte else piece.replace("▁", " ").encode()
         return text.decode(errors="replace")
 
-    def _encode(self, messages, answer):
+    def _encode(self, messages, answer, prefill=""):
         ids, trained = [self.bos_id], [False]
         text = ""  # since the last EOS: what lies between two special tokens is encoded as a whole
         for message in messages:
@@ -121,7 +137,7 @@ class Tokenizer:
             else:
                 text += content + "\n"
         if answer:
-            text += "<|assistant|>\n"
+            text += "<|assistant|>\n" + prefill
         if text not in ("", "\n"):  # after the last EOS stands nothing
             piece_ids = self._encode_segment(text, first=len(ids) == 1)
             ids += piece_ids

@@ -26,10 +26,12 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from chat import Tokenizer
+from decoding import TextGenerator
+from errors import InputError
 from model import Llama, LlamaConfig
+from sampling import Sampling
 
 FOLDER = Path("runs/demo")
 
@@ -234,30 +236,14 @@ def make_model(folder):
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@torch.no_grad()
-def answer(model, tokenizer, prompts: list[list[dict]], max_new_tokens: int) -> list[str]:
-    """Greedy answers to all prompts at once: one packed row, a full forward pass for every token.
-
-    Simple rather than fast; generate.py keeps the keys and values of what was read already.
-    """
-    device = next(model.parameters()).device
-    sequences = [tokenizer.prompt(messages) for messages in prompts]
-    replies = [[] for _ in prompts]
-    active = range(len(prompts))
-    for _ in range(max_new_tokens):
-        lengths = torch.tensor([len(sequences[i]) for i in active])
-        ends = lengths.cumsum(0)
-        doc_start = (ends - lengths).repeat_interleave(lengths).int()
-        row = torch.tensor([token for i in active for token in sequences[i]])
-        logits = model(row.to(device), doc_start.to(device), (ends - 1).to(device))  # (N, V)
-        tokens = dict(zip(active, logits.argmax(dim=-1).tolist(), strict=True))
-        active = [i for i in active if tokens[i] != tokenizer.eos_id]
-        for i in active:
-            sequences[i].append(tokens[i])
-            replies[i].append(tokens[i])
-        if not active:
-            break
-    return [tokenizer.decode(reply) for reply in replies]
+def newest_model(folder: Path = FOLDER) -> Path:
+    """The demo's model after DPO, or else after SFT; raises `InputError` where neither is there."""
+    for place in (Path(folder) / "dpo", Path(folder) / "sft"):
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(
+        f"{folder}: no demo model, expected one made by `torchrun sft.py` (or --model DIR)"
+    )
 
 
 def compare(before: Path, after: Path, folder: Path = FOLDER) -> None:
@@ -265,10 +251,10 @@ def compare(before: Path, after: Path, folder: Path = FOLDER) -> None:
     rows = [json.loads(line) for line in open(Path(folder) / "held_out.jsonl", encoding="utf-8")]
     replies = []
     for place in (before, after):
-        model = Llama(LlamaConfig.from_folder(place))
-        model.load_state_dict(load_file(Path(place) / "model.safetensors"))
-        prompts = [row["messages"] for row in rows]
-        replies.append(answer(model, Tokenizer(place), prompts, LONGEST_ANSWER))
+        generator = TextGenerator.from_folder(place, torch.device("cpu"), torch.float32, slots=64)
+        prompts = [generator.tokenizer.prompt(row["messages"]) for row in rows]
+        answers = generator.generate(prompts, Sampling(LONGEST_ANSWER))
+        replies.append([answer.text for answer in answers])
     print(report(rows, *replies))
 
 

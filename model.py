@@ -42,6 +42,7 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
+    max_position_embeddings: int = 2048  # tokens of context; nothing here depends on it
 
     @classmethod
     def from_folder(cls, folder):
@@ -90,6 +91,7 @@ class LlamaConfig:
             rms_norm_eps=number("rms_norm_eps", float, 1e-6),
             rope_theta=number("rope_theta", float, 10_000.0),
             tie_word_embeddings=bool(values.get("tie_word_embeddings")),
+            max_position_embeddings=number("max_position_embeddings", default=2048),
         )
         if hidden_size % heads:
             raise InputError(
@@ -142,18 +144,21 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, input_ids, doc_start, predict, labels=None, uniform_gradient=False):
+    def forward(
+        self, input_ids, doc_start, predict, labels=None, uniform_gradient=False, cache=None
+    ):
         """Losses, or logits, of the tokens that follow the positions `predict`.
 
         input_ids (T,) int64, doc_start (T,) int32, predict (N,) int64 positions in the row.
         With labels (N,) int64: their negative log-likelihood (N,) fp32; `uniform_gradient=True`
         promises that the loss is a multiple of its sum (see kernels/cross_entropy.py).
-        Without: logits (N, V) fp32.
+        Without: logits (N, V) fp32. `cache`: a pass of cache.py, for tokens that are kept or go on
+        from kept ones; it knows the positions, and doc_start is None.
 
         The head sees only `predict`: prompts, which are not trained, never reach it. It is applied
         here, not by the caller, because FSDP2 gathers its weight only for this call.
         """
-        hidden = self.model(input_ids, doc_start)[predict]  # (N, E)
+        hidden = self.model(input_ids, doc_start, cache)[predict]  # (N, E)
         head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if labels is None:
             return F.linear(hidden, head).float()  # (N, V)
@@ -170,14 +175,19 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, doc_start):
+    def forward(self, input_ids, doc_start, cache=None):
         # What depends on the documents alone is made once here, not once per layer.
-        positions = torch.arange(len(input_ids), device=doc_start.device) - doc_start
         x = self.embed_tokens(input_ids)  # (T, E)
-        cos, sin = rotary_angles(positions, self.config, x.dtype)
-        layout = attention_layout(doc_start)
-        for layer in self.layers:
-            x = layer(x, cos, sin, doc_start, layout)
+        if cache is None:
+            positions = torch.arange(len(input_ids), device=doc_start.device) - doc_start
+            cos, sin = rotary_angles(positions, self.config, x.dtype)
+            layout = attention_layout(doc_start)
+            for layer in self.layers:
+                x = layer(x, cos, sin, doc_start, layout)
+        else:  # the cache knows the positions, and what each layer has read
+            cos, sin = rotary_angles(cache.positions, self.config, x.dtype)
+            for layer, cached in zip(self.layers, cache.attentions(), strict=True):
+                x = layer(x, cos, sin, None, None, cached)
         return self.norm(x)
 
 
@@ -191,8 +201,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, doc_start, layout):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, doc_start, layout)
+    def forward(self, x, cos, sin, doc_start, layout, cached=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, doc_start, layout, cached)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -208,11 +218,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(E, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, E, bias=False)
 
-    def forward(self, x, cos, sin, doc_start, layout):
+    def forward(self, x, cos, sin, doc_start, layout, cached=None):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
-        out = attention(rotate(q, cos, sin), rotate(k, cos, sin), v, doc_start, layout)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = attention(q, k, v, doc_start, layout) if cached is None else cached(q, k, v)
         return self.o_proj(out.flatten(-2))
 
 

@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from errors import InputError, reported
 from run_folder import read_records
@@ -87,34 +88,41 @@ def title(start, examples):
 
 
 def plot_kernels(json_path, png_path):
-    """Attention's TFLOP/s by length and the loss's time and memory by tokens, ours and others'."""
+    """Attention's TFLOP/s by row and the loss's time and memory by tokens, ours and others'."""
     results = json.loads(Path(json_path).read_text(encoding="utf-8"))
     attention = [r for r in results["attention"] if "ms" in r]
+    losses = [r for r in results["cross_entropy"] if "ms" in r]
+    if not attention or not losses:
+        raise InputError(f"{json_path}: no figures of attention or of the loss, expected both")
     first = attention[0]
     same = [r for r in attention if all(r[x] == first[x] for x in ("H", "Hk", "D"))]
-    figure, axes = plt.subplots(1, 4, figsize=(20, 4.5))
+    # "dense 512", "dense 1024", …, then "packed 490", …
+    names = sorted({r["row"] for r in same}, key=lambda row: (row.split()[0], int(row.split()[1])))
+    figure, axes = plt.subplots(1, 4, figsize=(20, 5), layout="constrained")
     for axis, which in zip(axes, ("forward", "backward"), strict=False):
-        for name in dict.fromkeys(r["provider"] for r in same):
-            rows = [r for r in same if r["provider"] == name]
-            values = [r["tflops"][which] for r in rows]
-            axis.plot([r["row"] for r in rows], values, marker="o", label=name)
+        for provider in dict.fromkeys(r["provider"] for r in same):
+            found = {r["row"]: r["tflops"][which] for r in same if r["provider"] == provider}
+            values = [found.get(name, math.nan) for name in names]
+            axis.plot(names, values, marker="o", label=provider)
         axis.set(title=f"attention {which}", xlabel="documents of the row", ylabel="TFLOP/s")
+        axis.set_ylim(bottom=0)
         axis.tick_params(axis="x", rotation=60)
-    losses = results["cross_entropy"]
     for axis, unit, label in ((axes[2], "ms", "time, ms"), (axes[3], "peak_mib", "memory, MiB")):
-        for name in dict.fromkeys(r["provider"] for r in losses):
-            rows = [r for r in losses if r["provider"] == name and unit in r]
-            if rows:
-                axis.plot([r["N"] for r in rows], [r[unit] for r in rows], marker="o", label=name)
-        axis.set(title="head and loss, both ways", xlabel="tokens", ylabel=label)
-        axis.set(xscale="log", yscale="log")
+        for provider in dict.fromkeys(r["provider"] for r in losses):
+            rows = [r for r in losses if r["provider"] == provider and unit in r]
+            if points := sorted((r["N"], r[unit]) for r in rows):
+                tokens, values = zip(*points, strict=True)
+                axis.plot([f"{n:,}" for n in tokens], values, marker="o", label=provider)
+        axis.set(title="head and loss, both ways", xlabel="tokens", ylabel=label, yscale="log")
+        axis.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:,g}")
+        axis.yaxis.set_minor_formatter("")
     for axis in axes:
+        axis.grid(alpha=0.3)
         if axis.has_data():
             axis.legend(fontsize=8)
     shape = f"H {first['H']}, Hk {first['Hk']}, D {first['D']}, {results['dtype']}"
     commit = (results["commit"] or "")[:7]
     figure.suptitle(f"{results['device']} · {shape} · commit {commit} · {results['date'][:10]}")
-    figure.tight_layout()
     figure.savefig(png_path, dpi=120)
     plt.close(figure)
 

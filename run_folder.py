@@ -62,7 +62,11 @@ def lock_output(folder, patience=15):
     A run that was just killed may need a moment to die: `patience` seconds.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    return hold(os.open(folder, os.O_RDONLY), folder, patience)
+
+
+def hold(lock, path, patience=15):
+    """Lock an open file or folder, `path`, until this process ends; returns it, `lock`."""
     until = time.monotonic() + patience
     while True:
         try:
@@ -70,7 +74,7 @@ def lock_output(folder, patience=15):
             return lock
         except BlockingIOError:
             if time.monotonic() > until:
-                raise InputError(f"--out {folder}: another run is writing there") from None
+                raise InputError(f"--out {path}: another run is writing there") from None
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return lock

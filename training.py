@@ -51,6 +51,12 @@ BOUNDS = {
     "keep": (1, math.inf),
     "seed": (0, 2**63),
     "show": (0, math.inf),
+    "slots": (1, math.inf),
+    "context": (0, math.inf),
+    "mmlu_shots": (0, 5),
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "max_new_tokens": (1, math.inf),
 }
 # How a run is carried out; it may be continued with other values. (The model is compared by its
 # real path, the data by their content.)
@@ -65,7 +71,7 @@ HOW_NOT_WHAT = {
     "recompute",
     "compile",
 }
-EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1}
+EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}
 
 
 def parse_args(config_class, argv=None):
@@ -93,8 +99,11 @@ def parse_args(config_class, argv=None):
         if kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is list:
-            # `--data a b` and `--data a --data b` are the same.
-            options = {"nargs": "+", "action": "extend", "metavar": "PATH"}
+            options = {
+                "nargs": "+",
+                "action": "extend",  # `--data a b` and `--data a --data b` are the same
+                "metavar": {"tasks": "TASK", "stop": "TEXT"}.get(field.name, "PATH"),
+            }
         default = "" if field.default is None else f" (default: {field.default})"
         help = f"{comments[field.name]}{default}".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), help=help, **options)

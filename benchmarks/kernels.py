@@ -2,18 +2,23 @@
 
 Attention on rows of 16k tokens: documents of equal length (dense), and of chat-like lengths with a
 mean of 490 and of 1,097 (the paper's figure for the Tulu V2 mixture). The loss at 7B's width.
-Inputs are random: zeros run about 13 % faster. Times of a kernel that is missing are not guessed:
-the reason is printed and stored.
+Inputs are random: zeros run about 13 % faster. Nothing is guessed: where another implementation is
+missing or fails, or the time is over, the reason stands in the file instead of figures. The most
+telling cases come first. At the end the tables of `bench.py table` are printed.
 """
 
 import argparse
+import functools
+import inspect
 import itertools
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import table
 from benchmarks.measure import (
+    Budget,
     attention_flops,
     cross_entropy_flops,
     doc_start_of,
@@ -40,8 +45,7 @@ def sdpa(backend):
     """torch's scaled_dot_product_attention with one backend, documents padded to the longest."""
 
     def provider(q, k, v, lengths):
-        if q.device.type != "cuda" and backend is not SDPBackend.MATH:
-            raise Unavailable("needs a GPU")
+        needs_gpu(q)
 
         def pad(x):  # (documents, heads, longest, D)
             padded = torch.nn.utils.rnn.pad_sequence(x.detach().split(lengths), batch_first=True)
@@ -53,42 +57,36 @@ def sdpa(backend):
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-        try:
-            call()
-        except RuntimeError as error:
-            raise Unavailable(str(error).splitlines()[0]) from None
         return call, (q, k, v)
 
     return provider
 
 
 def varlen(q, k, v, lengths):
-    """torch.nn.attention.varlen (FlashAttention-2 in torch 2.13)."""
-    if q.device.type != "cuda":
-        raise Unavailable("needs a GPU")
+    """torch.nn.attention.varlen (FlashAttention-2 in torch 2.11 to 2.13)."""
+    needs_gpu(q)
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
-    most, gqa = max(lengths), q.shape[1] != k.shape[1]
+    options = {"window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in torch 2.11
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    most = max(lengths)
+    return lambda: varlen_attn(q, k, v, ends, ends, most, most, **options), (q, k, v)
 
-    def call():
-        window = (-1, 0)  # causal
-        return varlen_attn(q, k, v, ends, ends, most, most, window_size=window, enable_gqa=gqa)
 
-    try:
-        call()
-    except (RuntimeError, TypeError) as error:
-        raise Unavailable(str(error).splitlines()[0]) from None
-    return call, (q, k, v)
+@functools.cache
+def compiled_flex():
+    """FlexAttention, compiled: anew for every shape of heads, not for every row."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
 
 
 def flex(q, k, v, lengths):
-    """FlexAttention, compiled, with a mask of documents."""
-    if q.device.type != "cuda":
-        raise Unavailable("needs a GPU")
-    if len(set(lengths)) == 1 and lengths[0] != 8192:
-        raise Unavailable("compiles for every shape; measured on packed rows and at 8192 only")
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    """FlexAttention with a mask of documents."""
+    needs_gpu(q)
+    from torch.nn.attention.flex_attention import create_block_mask
 
     doc_start = doc_start_of(lengths, q.device)
 
@@ -96,10 +94,15 @@ def flex(q, k, v, lengths):
         return (doc_start[i] <= j) & (j <= i)
 
     mask = create_block_mask(seen, None, None, len(q), len(q), device=q.device)
-    torch._dynamo.reset()
-    compiled = torch.compile(flex_attention)
     x = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_() for t in (q, k, v)]
-    return lambda: compiled(*x, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]), x
+    gqa = q.shape[1] != k.shape[1]
+    return lambda: compiled_flex()(*x, block_mask=mask, enable_gqa=gqa), x
+
+
+def needs_gpu(x):
+    """Raise `Unavailable` on CPU."""
+    if x.device.type != "cuda":
+        raise Unavailable("needs a GPU")
 
 
 ATTENTION = {
@@ -112,12 +115,12 @@ ATTENTION = {
 
 
 def attention_cases(toy):
-    """(name, lengths of the documents, H, Hk, D)."""
+    """(name of the row, lengths of its documents, H, Hk, D), 7B's heads first."""
     if toy:
         rows = {"dense 32": [32] * 4, "packed 20": packed_lengths(20, 128)}
         return [(name, lengths, 4, 2, 32) for name, lengths in rows.items()]
-    rows = {f"dense {n}": [n] * (16384 // n) for n in (512, 1024, 2048, 4096, 8192, 16384)}
-    rows |= {f"packed {mean}": packed_lengths(mean, 16384) for mean in (490, 1097)}
+    rows = {f"dense {n}": [n] * (16384 // n) for n in (8192, 512, 1024, 2048, 4096, 16384)}
+    rows = {f"packed {mean}": packed_lengths(mean, 16384) for mean in (490, 1097)} | rows
     shapes = [(32, Hk, D) for D in (128, 64) for Hk in (32, 8)]
     return [(name, lengths, *shape) for shape in shapes for name, lengths in rows.items()]
 
@@ -149,6 +152,22 @@ def time_attention(provider, lengths, H, Hk, D, device, dtype):
     }
     flops = attention_flops(lengths, H, D)
     return {"ms": ms, "tflops": {name: flops[name] / t / 1e9 for name, t in ms.items()}}
+
+
+def three_products(hidden, weight, labels):
+    """Logits and both gradients as matrix products of all tokens: what nothing can beat."""
+    d_logits = torch.mm(hidden, weight.T)
+    return torch.mm(d_logits, weight), torch.mm(d_logits.T, hidden)
+
+
+def gradients_of(loss):
+    """Forward and backward of a loss."""
+
+    def call(hidden, weight, labels):
+        hidden, weight = (x.detach().requires_grad_() for x in (hidden, weight))
+        return torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+
+    return call
 
 
 def ours_uniform(hidden, weight, labels):
@@ -183,33 +202,34 @@ def liger(hidden, weight, labels):
 
 
 LOSSES = {
-    "ours, uniform": ours_uniform,
-    "ours, any gradient": ours_any,
-    "eager": eager,
-    "torch": torch_fused,
-    "liger": liger,
+    "three products": three_products,
+    "ours, uniform": gradients_of(ours_uniform),
+    "ours, any gradient": gradients_of(ours_any),
+    "eager": gradients_of(eager),
+    "torch": gradients_of(torch_fused),
+    "liger": gradients_of(liger),
 }
 
 
-def time_products(hidden, weight, device):
-    """The three matrix products alone, each over all tokens at once: what nothing can beat."""
-    hidden, weight = hidden.detach(), weight.detach()
-    d_logits = hidden @ weight.T
-
-    def call():
-        torch.mm(hidden, weight.T), torch.mm(d_logits, weight), torch.mm(d_logits.T, hidden)
-
-    return milliseconds(call, device)
+def loss_cases(toy):
+    """(N, V, E)."""
+    return [(n, 101, 32) for n in (16, 64)] if toy else [
+        (n, 32000, 4096) for n in (16384, 2048, 4096, 8192, 32768)
+    ]  # fmt: skip
 
 
-def time_loss(provider, hidden, weight, labels, device):
-    """Milliseconds of forward and backward, TFLOP/s by three products, and peak memory beside it.
+def time_loss(provider, N, V, E, device, dtype):
+    """Milliseconds of forward and backward, TFLOP/s by three products, and memory in MiB.
 
-    The peak is what is held beyond the inputs, the two gradients included, in MiB.
+    The peak is what is held beyond the inputs, the two gradients included, which are also given.
     """
+    torch.manual_seed(0)
+    hidden = torch.randn(N, E, device=device, dtype=dtype)
+    weight = torch.randn(V, E, device=device, dtype=dtype) / E**0.5
+    labels = torch.randint(V, (N,), device=device)
 
     def call():
-        torch.autograd.grad(provider(hidden, weight, labels), (hidden, weight))
+        return provider(hidden, weight, labels)
 
     call()
     result = {}
@@ -220,48 +240,51 @@ def time_loss(provider, hidden, weight, labels, device):
         result["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         result["gradients_mib"] = 2 * (hidden.numel() + weight.numel()) / 2**20
     ms = milliseconds(call, device)
-    flops = cross_entropy_flops(*hidden.shape[:1], *weight.shape)
-    return {"ms": ms, "tflops": flops / ms / 1e9} | result
+    return {"ms": ms, "tflops": cross_entropy_flops(N, V, E) / ms / 1e9} | result
+
+
+def jobs(toy, device, dtype):
+    """(kind, case, provider's name, function that measures), the most telling first."""
+    attention_jobs = [
+        ("attention", {"row": row, "H": H, "Hk": Hk, "D": D}, name,
+         functools.partial(time_attention, provider, lengths, H, Hk, D, device, dtype))
+        for row, lengths, H, Hk, D in attention_cases(toy)
+        for name, provider in ATTENTION.items()
+    ]  # fmt: skip
+    loss_jobs = [
+        ("cross_entropy", {"N": N, "E": E, "V": V}, name,
+         functools.partial(time_loss, provider, N, V, E, device, dtype))
+        for N, V, E in loss_cases(toy)
+        for name, provider in LOSSES.items()
+    ]  # fmt: skip
+    first = [job for job in attention_jobs if job[1]["D"] == 128 and job[1]["Hk"] == 32]
+    return first + loss_jobs + [job for job in attention_jobs if job not in first]
 
 
 def main(arguments):
     """Measure, print a line each, and write the JSON file."""
     parser = argparse.ArgumentParser(prog="bench.py kernels", description=__doc__)
     parser.add_argument("--toy", action="store_true", help="tiny sizes, to rehearse on CPU")
+    parser.add_argument("--minutes", type=float, default=8, help="stop then (default: %(default)s)")
     parser.add_argument("--out", default="results/kernels.json", help="default: %(default)s")
     options = parser.parse_args(arguments)
+    budget = Budget(options.minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not options.toy:
         parser.error("there is no GPU here (rehearse with --toy)")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    rows = {"attention": [], "cross_entropy": []}
-
-    def note(kind, case, name, measure):
+    results = {"attention": [], "cross_entropy": []}
+    for kind, case, name, measure in jobs(options.toy, device, dtype):
         try:
-            result = measure()
-        except (Unavailable, torch.OutOfMemoryError) as error:
-            result = {"skipped": str(error).splitlines()[0]}
-        rows[kind].append(case | {"provider": name} | result)
-        print(*case.values(), name, result, flush=True)
-
-    for row, lengths, H, Hk, D in attention_cases(options.toy):
-        case = {"row": row, "H": H, "Hk": Hk, "D": D}
-        for name, provider in ATTENTION.items():
-            note("attention", case, name, lambda p=provider, s=(lengths, H, Hk, D): time_attention(
-                p, *s, device, dtype))  # fmt: skip
-
-    E, V = (32, 101) if options.toy else (4096, 32000)
-    for N in (16, 64) if options.toy else (2048, 4096, 8192, 16384, 32768):
-        torch.manual_seed(0)
-        hidden = torch.randn(N, E, device=device, dtype=dtype).requires_grad_()
-        weight = (torch.randn(V, E, device=device, dtype=dtype) / E**0.5).requires_grad_()
-        labels = torch.randint(V, (N,), device=device)
-        case = {"N": N, "E": E, "V": V}
-        tensors = (hidden, weight, labels)
-        note("cross_entropy", case, "three products", lambda t=tensors: {
-            "ms": time_products(*t[:2], device)})  # fmt: skip
-        for name, provider in LOSSES.items():
-            note("cross_entropy", case, name, lambda p=provider, t=tensors: time_loss(
-                p, *t, device))  # fmt: skip
+            result = {"skipped": "out of time"} if budget.spent() else measure()
+        except Exception as error:  # of one of the others, which must not end the comparison
+            text = str(error).strip().splitlines() or [""]
+            kind_of_error = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
+            result = {"skipped": f"{kind_of_error}{text[0][:200]}"}
+        results[kind].append(case | {"provider": name} | result)
+        print(f"{budget.seconds():4.0f} s", *case.values(), name, result, flush=True)
     command = " ".join(["python bench.py kernels", *arguments])
-    write(options.out, command, device, dtype=str(dtype), toy=options.toy, **rows)
+    seconds = budget.seconds()
+    results = {"dtype": str(dtype), "toy": options.toy, "seconds": seconds, **results}
+    write(options.out, command, device, **results)
+    print(*table.tables(results), *table.aims(results), sep="\n")

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -13,13 +14,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-import triton.testing
 
 
 def milliseconds(function, device):
-    """Median time of one call; on a GPU by events, with the L2 cache emptied before each call."""
+    """Median time of one call.
+
+    On a GPU by events, after a warm-up. Before each call the L2 cache is emptied, and a pause lets
+    the host run ahead, so that neither a warm cache nor the launching of small kernels is timed.
+    """
     if device.type == "cuda":
-        return triton.testing.do_bench(function, warmup=50, rep=200, return_mode="median")
+        return milliseconds_on_gpu(function)
     function()
     times = []
     for _ in range(3):
@@ -27,6 +31,40 @@ def milliseconds(function, device):
         function()
         times.append(1e3 * (time.perf_counter() - start))
     return sorted(times)[1]
+
+
+def milliseconds_on_gpu(function, total=150, fewest=7, most=50):
+    """Median of as many calls as fit into `total` milliseconds."""
+    cache = torch.empty(256 << 20, dtype=torch.int8, device="cuda")  # five times an H100's L2
+    times = []
+    for call in range(2 + most):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        torch.cuda._sleep(1_000_000)  # cycles: about half a millisecond
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        if call >= 2:
+            times.append(start.elapsed_time(end))
+        if len(times) >= fewest and sum(times) > total:
+            break
+    return statistics.median(times)
+
+
+class Budget:
+    """A limit on the time of a whole benchmark: what would begin after it is left out."""
+
+    def __init__(self, minutes):
+        self.limit, self.begin = 60 * minutes, time.monotonic()
+
+    def seconds(self):
+        """Seconds since the beginning."""
+        return time.monotonic() - self.begin
+
+    def spent(self):
+        """Whether the time is over."""
+        return self.seconds() > self.limit
 
 
 def attention_flops(lengths, H, D):
@@ -40,18 +78,20 @@ def cross_entropy_flops(N, V, E):
     return 3 * 2 * N * V * E
 
 
-def packed_lengths(mean, total, longest=8192, seed=0):
+def packed_lengths(mean, total, seed=0):
     """Lengths of documents that fill a row of `total` tokens, spread like chats about their mean.
 
-    Log-normal with sigma 0.9, whose mean is exp(mu + sigma²/2); the last document is cut.
+    Log-normal with sigma 0.9: the quantiles of as many documents as have this mean, so that a
+    single row is typical, to scale and in random order. What the whole tokens leave, the longest
+    document takes.
     """
-    generator, sigma = torch.Generator().manual_seed(seed), 0.9
-    lengths = []
-    while sum(lengths) < total:
-        z = torch.randn((), generator=generator)
-        length = (sigma * z - sigma**2 / 2).exp() * mean
-        lengths.append(min(max(8, int(length)), longest, total - sum(lengths)))
-    return lengths
+    count = max(1, round(total / mean))
+    chances = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    sizes = (0.9 * torch.special.ndtri(chances)).exp()
+    lengths = (sizes * (total / sizes.sum())).long().clamp(min=1)
+    lengths[-1] += total - lengths.sum()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return lengths[order].tolist()
 
 
 def doc_start_of(lengths, device):
@@ -81,7 +121,10 @@ def write(path, command, device, **content):
 def commit():
     """The commit that runs, with a + where files were changed since; None outside git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
     return done.stdout.strip() or None
 
 

@@ -1,20 +1,22 @@
-"""One training step at Llama 2 7B's width: `python bench.py step [--toy]`.
+"""One training step at Llama 2 7B's width: `python bench.py step [--no-recompute] [--toy]`.
 
 All of 7B's dimensions, as many of its 32 layers as the GPU holds with fp32 master weights, AdamW,
-recomputation and `torch.compile` per block, as sft.py runs them: rows of 16,384 tokens of chat-like
-documents (mean 490), all of them trained. The MFU is training.py's `model_flops` over the step's
-time and the datasheet's dense peak. Then one more step under the profiler: where the time goes.
+recomputation (or without it, and fewer layers) and `torch.compile` per block, as sft.py runs them:
+rows of 16,384 tokens of chat-like documents (mean 490), all of them trained. The MFU is
+training.py's `model_flops`, which counts nothing twice, over the step's time and the datasheet's
+dense peak. Then one more step under the profiler: where the time goes.
 """
 
 import argparse
 import dataclasses
+import statistics
 import time
 import types
 
 import torch
 
 import training
-from benchmarks.measure import doc_start_of, packed_lengths, write
+from benchmarks.measure import Budget, doc_start_of, packed_lengths, write
 from model import Llama, LlamaConfig
 from parallel import shard, start
 
@@ -32,39 +34,41 @@ LLAMA_2_7B = LlamaConfig(
 )
 TOY = dataclasses.replace(
     LLAMA_2_7B, vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    num_attention_heads=2, num_key_value_heads=1, head_dim=16,
 )  # fmt: skip
 
 # The names of kernels, in the profiler, by what they are for; the first that matches counts.
 KINDS = {
-    "attention": ("forward_kernel", "backward_q_kernel", "backward_kv_kernel", "delta_kernel"),
+    "attention": ("forward_kernel", "backward_q_kernel", "backward_kv_kernel"),
     "loss": ("softmax_kernel",),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma"),
     "optimizer": ("multi_tensor", "adam", "foreach"),
+    "norms, rotation, SwiGLU, sums": ("triton_",),  # as torch.compile names what it fuses
 }
 
 
-def layers_that_fit(memory, config, tokens):
+def layers_that_fit(memory, config, tokens, recompute=True):
     """How many blocks `memory` bytes of a GPU hold, at most all, by the sum below.
 
-    Per weight 18 bytes: fp32 master, gradient and AdamW's two moments, and the bf16 copy. Per block
-    its recomputed input, tokens·E in bf16. Set aside: the same 18 bytes for embedding and head, one
-    block's activations (about 16 E and 8 F bf16 numbers per token), 3 GiB for the loss, the
-    compiler and fragmentation, and a tenth of the whole.
+    Per weight 18 bytes: fp32 master, gradient and AdamW's two moments, and the bf16 copy. A block's
+    activations are about 16 E and 8 F bf16 numbers per token; kept per block is its input where
+    they are recomputed, else all of them. Set aside: the same 18 bytes for embedding and head, one
+    block's activations, 3 GiB for the loss, the compiler and fragmentation, and a tenth of all.
     """
     E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    block = 18 * (E * D * heads + 3 * E * F) + 2 * tokens * E
-    aside = 18 * 2 * config.vocab_size * E + 2 * tokens * (16 * E + 8 * F) + (3 << 30)
+    activations = 2 * tokens * (16 * E + 8 * F)
+    block = 18 * (E * D * heads + 3 * E * F) + (2 * tokens * E if recompute else activations)
+    aside = 18 * 2 * config.vocab_size * E + activations + (3 << 30)
     return max(1, min(config.num_hidden_layers, int((0.9 * memory - aside) // block)))
 
 
-def make_step(config, lengths, device, dtype):
+def make_step(config, lengths, device, dtype, recompute):
     """The model and a function that takes one training step and returns the loss."""
     with torch.device("meta"):
         model = Llama(config)
     gpu = device.type == "cuda"
-    shard(model, device, dtype, recompute=gpu, compile=gpu)
+    shard(model, device, dtype, recompute=gpu and recompute, compile=gpu)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -89,58 +93,79 @@ def make_step(config, lengths, device, dtype):
 
 def where_time_goes(step):
     """Milliseconds of GPU kernels of one step, by kind."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
+    return by_kind(
+        (event.key, event.self_device_time_total / 1e3)
+        for event in profiler.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
+
+
+def by_kind(kernels):
+    """Sums of milliseconds by `KINDS` of (name, milliseconds) of kernels; the rest is "other"."""
     spent = dict.fromkeys([*KINDS, "other"], 0.0)
-    for event in profiler.key_averages():
-        name = event.key.lower()
-        kind = next((k for k, parts in KINDS.items() if any(p in name for p in parts)), "other")
-        spent[kind] += event.self_device_time_total / 1e3
+    for name, ms in kernels:
+        parts = name.lower()
+        kind = next((k for k, known in KINDS.items() if any(p in parts for p in known)), "other")
+        spent[kind] += ms
     return spent
 
 
-def main(arguments):
-    """Measure ten steps after three, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(prog="bench.py step", description=__doc__)
-    parser.add_argument("--toy", action="store_true", help="a tiny model, to rehearse on CPU")
-    parser.add_argument("--out", default="results/step.json", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    _, _, device = start()
-    gpu = device.type == "cuda"
-    if not gpu and not options.toy:
-        parser.error("there is no GPU here (rehearse with --toy)")
-    config, T = (TOY, 256) if options.toy else (LLAMA_2_7B, 16384)
-    lengths = packed_lengths(20 if options.toy else 490, T)
-    if not options.toy:
-        memory = torch.cuda.get_device_properties(device).total_memory
-        layers = layers_that_fit(memory, config, T)
-        config = dataclasses.replace(config, num_hidden_layers=layers)
-    dtype = torch.bfloat16 if gpu else torch.float32
-    model, step = make_step(config, lengths, device, dtype)
+def measure(config, lengths, device, dtype, recompute, budget):
+    """Ten steps after three, fewer where the time is over: all that the JSON file says of them."""
+    model, step = make_step(config, lengths, device, dtype, recompute)
     losses, seconds = [], []
-    for _ in range(13):
+    while len(losses) < 13 and not (len(losses) > 3 and budget.spent()):
         begin = time.perf_counter()
         losses.append(step().item())  # waits for the GPU
         seconds.append(time.perf_counter() - begin)
-    median = sorted(seconds[3:])[5]
+    T, median = sum(lengths), statistics.median(seconds[3:])
     flops, peak = training.model_flops(config, lengths, T), training.peak_flops(device)
-    result = {
+    return {
         "layers": config.num_hidden_layers,
+        "recompute": recompute,
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": T,
         "documents": len(lengths),
         "seconds": median,
+        "seconds_of_each": seconds,
         "tokens_per_second": T / median,
         "tflops": flops / median / 1e12,
         "mfu": flops / median / peak if peak else None,
         "mfu_formula": "training.model_flops / seconds / training.peak_flops",
         "peak_memory_gib": training.peak_memory_gib(device),
         "losses": losses,
-        "kernel_ms": where_time_goes(step) if gpu else None,
+        "kernel_ms": where_time_goes(step) if device.type == "cuda" else None,
     }
+
+
+def main(arguments):
+    """Measure, print, and write the JSON file."""
+    parser = argparse.ArgumentParser(prog="bench.py step", description=__doc__)
+    parser.add_argument("--toy", action="store_true", help="a tiny model, to rehearse on CPU")
+    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--layers", type=int, help="default: as many as fit")
+    parser.add_argument("--minutes", type=float, default=4, help="stop then (default: %(default)s)")
+    parser.add_argument("--out", default="results/step.json", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    budget = Budget(options.minutes)
+    _, _, device = start()
+    gpu = device.type == "cuda"
+    if not gpu and not options.toy:
+        parser.error("there is no GPU here (rehearse with --toy)")
+    config, T = (TOY, 256) if options.toy else (LLAMA_2_7B, 16384)
+    if not options.toy:
+        memory = torch.cuda.get_device_properties(device).total_memory
+        layers = options.layers or layers_that_fit(memory, config, T, options.recompute)
+        config = dataclasses.replace(config, num_hidden_layers=layers)
+    lengths = packed_lengths(20 if options.toy else 490, T)
+    dtype = torch.bfloat16 if gpu else torch.float32
+    result = measure(config, lengths, device, dtype, options.recompute, budget)
     for name, value in result.items():
         print(f"{name}: {value}")
     command = " ".join(["python bench.py step", *arguments])

@@ -32,12 +32,12 @@ and dv sum over every query head that reads the key head. The code counts expone
 
 Cost of a document of n tokens, per query head, n²/2 pairs, 2-byte elements:
 
-                        FLOPs     bytes to memory, naive     fused
-    forward             2 n² D    4 n² (s and p, out, in)    8 n D   (q, k, v, o)
-    backward            5 n² D    6 n² (p, dp, ds)           14 n D  (q, k, v, o, do; dq, dk, dv)
+                FLOPs     bytes to memory, naive                        fused
+    forward     2 n² D    4 n² (s and p: out, in)                       8 n D (q, k, v, o)
+    backward    5 n² D    7 n² (p in twice; dp out, in; ds out, twice)  16 n D (and do, dq, dk, dv)
 
 Naive, the n² terms rule from n = 2 D on. Here dq and dk, dv are made by two kernels that both
-recompute s and dp: 7 n² D, in return for sums without atomics, the same bits in every run.
+recompute s and dp: 7 n² D and 24 n D, in return for sums without atomics, the same bits every run.
 """
 
 import math
@@ -61,14 +61,11 @@ def attention(q, k, v, doc_start, layout=None):
 
 
 def attention_layout(doc_start):
-    """What attention needs besides doc_start: on CUDA doc_end (T,) int32, else documents' lengths.
+    """What attention needs besides doc_start: doc_end (T,) int32, where each document ends.
 
-    The first does not wait for the GPU: doc_start is sorted, so a search in itself finds the ends.
+    doc_start is sorted, so a search in itself finds the ends, without waiting for a GPU.
     """
-    if doc_start.is_cuda:
-        return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
-    starts = (doc_start == torch.arange(len(doc_start))).nonzero()[:, 0]
-    return starts.diff(append=torch.tensor([len(doc_start)]))
+    return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
 
 
 def attention_reference(q, k, v, doc_start):
@@ -84,15 +81,14 @@ def attention_reference(q, k, v, doc_start):
 
 
 @torch.compiler.disable  # it would compile anew for every batch's lengths
-def attention_cpu(q, k, v, layout):
+def attention_cpu(q, k, v, doc_end):
     """One call of torch's blocked CPU attention per document.
 
-    `split`, not slices: the backward of a slice fills a tensor of the whole row per document. Tried
-    and no faster where training runs (documents of about 190 tokens): documents of similar length
-    padded into one call, and the repeated key/value heads made once for the row.
+    `split`, not slices: the backward of a slice fills a tensor of the whole row per document.
+    Padding documents of similar length into one call was no faster at about 190 tokens each.
     """
-    # An empty row is one document of no tokens, so that q, k and v still get their gradients.
-    lengths, documents = layout.tolist() or [0], []
+    lengths, documents = doc_end.unique_consecutive(return_counts=True)[1].tolist(), []
+    lengths = lengths or [0]  # an empty row: one document, so that q, k and v get their gradients
     for one in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
         heads_first = (x.transpose(0, 1)[None] for x in one)  # (1, H or Hk, length, D)
         out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
@@ -103,7 +99,7 @@ def attention_cpu(q, k, v, layout):
 # Kernels: a program owns a tile of queries (or keys) of one head and walks along the other side, so
 # every sum has one owner and a fixed order. A walk has two parts, one body compiled twice: tiles in
 # which every pair is seen, then the tiles on the diagonal or across a document's edge, with a mask.
-# Tiles lie on the row's grid, not the documents': as many as the tokens need, however short those.
+# What a program owns lies on the row's grid, not the documents': no more programs for short ones.
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
 LOW = tl.constexpr(-1e30)  # the maximum of nothing: finite, because inf - inf is not
@@ -116,14 +112,12 @@ def load_tile(base, start, T, STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.co
     """Rows start, start + 1, … of a (T, D) matrix -> (ROWS, D rounded up to a power of 2).
 
     Rows beyond T repeat the last: they are finite, and what they give is masked or never stored.
-    (A mask instead costs predicates, which at D = 128 spilled registers.) The start is added in 64
-    bits, the offsets within the tile in 32.
+    (A mask instead costs predicates, which at D = 128 spilled registers; that of the columns is
+    known to the compiler.) The start is added in 64 bits, the offsets within the tile in 32.
     """
     rows = tl.minimum(tl.arange(0, ROWS), T - 1 - start)[:, None]
     columns = tl.arange(0, triton.next_power_of_2(D))[None, :]
     pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows * STRIDE + columns)
-    if D == triton.next_power_of_2(D):
-        return tl.load(pointers)
     return tl.load(pointers, mask=columns < D, other=0.0)
 
 
@@ -159,10 +153,9 @@ def forward_kernel(
     H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """out (T, H, D) and lse of one tile of queries of one head, by (2) and (3)."""
+    SCALE: tl.constexpr = D**-0.5 * LOG2E
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest walks start first
-    head = tl.program_id(1)
-    k += head // (H // Hk) * D
-    v += head // (H // Hk) * D
+    head, kv_head = tl.program_id(1), tl.program_id(1) // (H // Hk)
     i = first + tl.arange(0, BM)
     start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
     q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
@@ -173,17 +166,17 @@ def forward_kernel(
     for MASKED in tl.static_range(2):
         begin, end = (full, high) if MASKED else (low, full)
         for j0 in tl.range(begin, end, BN):
-            k_j = load_tile(k, j0, T, Hk * D, D, BN)  # (BN, D)
-            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BM, BN)
+            k_j = load_tile(k + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (BM, BN), not scaled yet
             if MASKED:
                 j = j0 + tl.arange(0, BN)
                 seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
                 s = tl.where(seen, s, -float("inf"))
-            m_new = tl.maximum(m, tl.max(s, axis=1))
+            m_new = tl.maximum(m, tl.max(s, axis=1) * SCALE)
             r = tl.exp2(m - m_new)
-            p = tl.exp2(s - m_new[:, None])
+            p = tl.exp2(s * SCALE - m_new[:, None])  # a fused multiply-add and an exp2 each
             l = l * r + tl.sum(p, axis=1)  # noqa: E741
-            v_j = load_tile(v, j0, T, Hk * D, D, BN)  # (BN, D)
+            v_j = load_tile(v + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
             a = tl.dot(p.to(v_j.dtype), v_j, a * r[:, None], input_precision=DOT)
             m = m_new
     store_tile(out + head * D, a / l[:, None], first, T, H * D, D)  # (BM, D)
@@ -191,40 +184,31 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def delta_kernel(out, d_out, delta, T, H: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
-    """delta: D_i = do_i·o_i of (5)."""
-    first, head = tl.program_id(0) * BM, tl.program_id(1)
-    o_i = load_tile(out + head * D, first, T, H * D, D, BM)  # (BM, D)
-    do_i = load_tile(d_out + head * D, first, T, H * D, D, BM)  # (BM, D)
-    delta_i = tl.sum(o_i.to(tl.float32) * do_i.to(tl.float32), axis=1)
-    tl.store(row_of(delta, head, first, T, BM), delta_i)  # (BM,)
-
-
-@triton.jit(do_not_specialize=["T"])
 def backward_q_kernel(
-    q, k, v, d_out, lse, delta, dq, doc_start, T,
+    q, k, v, out, d_out, lse, delta, dq, doc_start, T,
     H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dq (T, H, D) of one tile of queries of one head, on the walk of `forward_kernel`."""
+    """dq (T, H, D) and delta, D_i of (5), of one tile of queries, on the forward kernel's walk."""
+    SCALE: tl.constexpr = D**-0.5 * LOG2E
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    head = tl.program_id(1)
-    k += head // (H // Hk) * D
-    v += head // (H // Hk) * D
+    head, kv_head = tl.program_id(1), tl.program_id(1) // (H // Hk)
     i = first + tl.arange(0, BM)
     start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
     q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
+    o_i = load_tile(out + head * D, first, T, H * D, D, BM)  # (BM, D)
     do_i = load_tile(d_out + head * D, first, T, H * D, D, BM)  # (BM, D)
     lse_i = tl.load(row_of(lse, head, first, T, BM))  # (BM,)
-    delta_i = tl.load(row_of(delta, head, first, T, BM))  # (BM,)
+    delta_i = tl.sum(o_i.to(tl.float32) * do_i.to(tl.float32), axis=1)
+    tl.store(row_of(delta, head, first, T, BM), delta_i)  # (BM,)
     dq_i = tl.zeros((BM, q_i.shape[1]), tl.float32)
     low, full, high = keys_of(doc_start, first, T, BM, BN)
     for MASKED in tl.static_range(2):
         begin, end = (full, high) if MASKED else (low, full)
         for j0 in tl.range(begin, end, BN):
-            k_j = load_tile(k, j0, T, Hk * D, D, BN)  # (BN, D)
-            v_j = load_tile(v, j0, T, Hk * D, D, BN)  # (BN, D)
-            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BM, BN)
-            p = tl.exp2(s - lse_i[:, None])
+            k_j = load_tile(k + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+            v_j = load_tile(v + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+            s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (BM, BN)
+            p = tl.exp2(s * SCALE - lse_i[:, None])
             if MASKED:
                 j = j0 + tl.arange(0, BN)
                 seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
@@ -244,33 +228,31 @@ def backward_kv_kernel(
 
     Scores stand transposed, keys by queries: then p and ds are left operands from registers.
     """
+    SCALE: tl.constexpr = D**-0.5 * LOG2E
+    GROUP: tl.constexpr = H // Hk
+    DIAGONAL: tl.constexpr = (BN + BM - 1) // BM
     first, kv_head = tl.program_id(0) * BN, tl.program_id(1)
     j = first + tl.arange(0, BN)
-    end_j = tl.load(doc_end + j, mask=j < T, other=0)  # (BN,)
+    end_j = tl.load(doc_end + tl.minimum(j, T - 1))  # (BN,)
     k_j = load_tile(k + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
     v_j = load_tile(v + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
     dk_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
     dv_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
-    # Tiles of queries from `first` to the last document's end: some on the diagonal, then, if the
+    # Tiles of queries from `first` to the last document's end: those on the diagonal, then, if the
     # keys are of one document, `full` ones, then those in which a document ends.
     end = tl.load(doc_end + tl.minimum(first + BN, T) - 1)
-    diagonal = tl.cdiv(tl.minimum(BN, end - first), BM)
-    full = tl.maximum(end - first - BN, 0) // BM
-    full = tl.where(tl.load(doc_end + first) == end, full, 0)
+    one_document = tl.load(doc_end + first) == end
+    full = tl.where(one_document, tl.maximum(end - first - DIAGONAL * BM, 0) // BM, 0)
     for MASKED in tl.static_range(2):
         tiles = tl.cdiv(end - first, BM) - full if MASKED else full
-        for step in tl.range(0, tiles * (H // Hk)):  # one loop over heads and tiles pipelines both
-            head = kv_head * (H // Hk) + step // tiles
-            tile = step % tiles
-            if MASKED:
-                tile += tl.where(tile < diagonal, 0, full)
-            else:
-                tile += diagonal
+        for step in tl.range(0, tiles * GROUP):  # one loop over tiles and heads pipelines both
+            head, tile = kv_head * GROUP + step % GROUP, step // GROUP
+            tile += tl.where(tile < DIAGONAL, 0, full) if MASKED else DIAGONAL
             i0 = first + tile * BM
             q_i = load_tile(q + head * D, i0, T, H * D, D, BM)  # (BM, D)
             lse_i = tl.load(row_of(lse, head, i0, T, BM))  # (BM,)
-            s = tl.dot(k_j, tl.trans(q_i), input_precision=DOT) * (D**-0.5 * LOG2E)  # (BN, BM)
-            p = tl.exp2(s - lse_i[None, :])
+            s = tl.dot(k_j, tl.trans(q_i), input_precision=DOT)  # (BN, BM)
+            p = tl.exp2(s * SCALE - lse_i[None, :])
             if MASKED:
                 i = i0 + tl.arange(0, BM)
                 seen = (j[:, None] <= i[None, :]) & (i[None, :] < end_j[:, None])
@@ -285,26 +267,32 @@ def backward_kv_kernel(
     store_tile(dv + kv_head * D, dv_j, first, T, Hk * D, D)  # (BN, D)
 
 
-def blocks(kernel, dtype, hopper):
-    """Block sizes of a kernel: of those tried, the largest that spill no registers at D = 128.
+def blocks(kernel, dtype, shared_memory):
+    """Block sizes of a kernel: of those tried, the largest that spill no registers.
 
-    tests/test_kernels_compiled.py compiles each and prints what it needs. In bf16 at D = 128 on
-    sm_90: 243 of 255 registers in forward, 191 for dq, 254 for dk and dv; on sm_80 those blocks
-    spill in forward and in dk and dv. fp32 runs without tensor cores, to check the rest by.
+    shared_memory: bytes that the chip gives a block, 227 KB on Hopper; the small ones fit 99 KB.
+    tests/test_kernels_compiled.py compiles all of them, `bench.py tune` times others. fp32 runs
+    without tensor cores, to check the rest by.
     """
     if dtype == torch.float32:
-        BN = 32 if kernel is backward_kv_kernel else 16
-        return {"BM": 32, "BN": BN, "num_warps": 8, "num_stages": 1}
+        warps = 8 if kernel is backward_q_kernel else 4
+        return {"BM": 16, "BN": 16, "num_warps": warps, "num_stages": 1}
+    large = shared_memory >= 227 << 10
     BM, BN = {
-        forward_kernel: (128, 128) if hopper else (128, 64),
+        forward_kernel: (128, 128) if large else (128, 64),
         backward_q_kernel: (128, 64),
-        backward_kv_kernel: (64, 128) if hopper else (32, 64),
+        backward_kv_kernel: (64, 128) if large else (32, 64),
     }[kernel]
     return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
 
 
-# Custom operators, so that torch.compile keeps a kernel as one node of its graph. Their fakes tell
-# it the shapes.
+def shared_memory(x):
+    """Bytes that a block may have on the GPU of x; none where Triton interprets."""
+    gpu = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    return gpu.shared_memory_per_block_optin if gpu else 0
+
+
+# Custom operators: torch.compile keeps each as one node of its graph; fakes tell it the shapes.
 
 
 @torch.library.custom_op("tulu::attention", mutates_args=())
@@ -314,11 +302,11 @@ def attention_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out (T, H, D) and lse (H, T padded)."""
     (T, H, D), Hk = q.shape, k.shape[1]
+    q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = fake_attention(q, k, v, doc_start, doc_end)
-    if T > 0:
-        size = blocks(forward_kernel, q.dtype, is_hopper(q))
-        grid = (triton.cdiv(T, size["BM"]), H)
-        forward_kernel[grid](q, k, v, out, lse, doc_start, T, H, Hk, D, **size)
+    size = blocks(forward_kernel, q.dtype, shared_memory(q))
+    grid = triton.cdiv(T, size["BM"]), H
+    forward_kernel[grid](q, k, v, out, lse, doc_start, T, H, Hk, D, **size)
     return out, lse
 
 
@@ -327,7 +315,7 @@ def fake_attention(q, k, v, doc_start, doc_end):
     """Memory for out and, in fp32, lse."""
     T, H = q.shape[:2]
     padded = (T + PAD.value - 1) // PAD.value * PAD.value
-    return torch.empty_like(q), q.new_empty(H, padded, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(H, padded, dtype=torch.float32)
 
 
 @torch.library.custom_op("tulu::attention_backward", mutates_args=())
@@ -335,30 +323,22 @@ def attention_backward_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor,
     doc_end: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """dq, dk and dv."""
+    """dq, dk and dv; delta, which the first kernel makes, stays between them."""
     (T, H, D), Hk = q.shape, k.shape[1]
+    q, k, v, d_out = (x.contiguous() for x in (q, k, v, d_out))
     dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-    if T == 0:
-        return dq, dk, dv
-    hopper = is_hopper(q)
-    delta_kernel[triton.cdiv(T, PAD.value), H](out, d_out, delta, T, H, D, PAD.value, num_warps=8)
-    size = blocks(backward_q_kernel, q.dtype, hopper)
-    grid = (triton.cdiv(T, size["BM"]), H)
-    backward_q_kernel[grid](q, k, v, d_out, lse, delta, dq, doc_start, T, H, Hk, D, **size)
-    size = blocks(backward_kv_kernel, q.dtype, hopper)
-    grid = (triton.cdiv(T, size["BN"]), Hk)
+    size = blocks(backward_q_kernel, q.dtype, shared_memory(q))
+    grid = triton.cdiv(T, size["BM"]), H
+    backward_q_kernel[grid](q, k, v, out, d_out, lse, delta, dq, doc_start, T, H, Hk, D, **size)
+    size = blocks(backward_kv_kernel, q.dtype, shared_memory(q))
+    grid = triton.cdiv(T, size["BN"]), Hk
     backward_kv_kernel[grid](q, k, v, d_out, lse, delta, dk, dv, doc_end, T, H, Hk, D, **size)
     return dq, dk, dv
 
 
-def is_hopper(x):
-    """Whether x lies on a GPU of compute capability 9.0 or above."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
 @attention_backward_op.register_fake
 def _(q, k, v, *rest):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -367,7 +347,7 @@ def keep_for_backward(ctx, inputs, output):
 
 def attention_gradients(ctx, d_out, d_lse):
     """Of q, k and v; lse is nobody else's input, so d_lse is nothing."""
-    return *attention_backward_op(*ctx.saved_tensors, d_out.contiguous()), None, None
+    return *attention_backward_op(*ctx.saved_tensors, d_out), None, None
 
 
 attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
@@ -377,7 +357,5 @@ def attention_triton(q, k, v, doc_start, doc_end=None):
     """`attention` by the kernels; CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     D = q.shape[2]
     assert D % 16 == 0 and 16 <= D <= 128, f"head size {D}, expected a multiple of 16 up to 128"
-    if doc_end is None:
-        doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
-    q, k, v = (x.contiguous() for x in (q, k, v))
+    doc_end = attention_layout(doc_start) if doc_end is None else doc_end
     return attention_op(q, k, v, doc_start, doc_end)[0]

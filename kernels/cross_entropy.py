@@ -31,11 +31,14 @@ import triton.language as tl
 # Bytes of logits held at a time. On CPU, V = 32,000 and E = 256 in fp32 (2 cores): 64 MB (512 rows)
 # ran at 116 GFLOP/s, 8 MB at 81 (matrix products too flat), all 3,000 rows at 99 (out of cache).
 CPU_WORKSPACE = 64 << 20
-# On CUDA 2,560 rows of V = 32,000 in fp32. Every chunk also reads and writes the fp32 sum of dW
+# On CUDA 2,048 rows of V = 32,000 in fp32. Every chunk also reads and writes the fp32 sum of dW
 # once (1 GB at E = 4,096), which many rows must share; with that sum (500 MiB, of which dW itself
 # takes the place of 250 at the end) the working memory stays below 600 MiB.
-CUDA_WORKSPACE = 320 << 20
-FEWEST_ROWS = 1024  # whatever V: below this the matrix products no longer fill the chip
+CUDA_WORKSPACE = 256 << 20
+# Rows come in multiples of this, whatever V: 1,024 rows times E = 4,096 are 128 tiles of 128 x 256,
+# about one for each multiprocessor of an H100 (132). Fewer would not fill it; 2,560, computed here
+# as 2.4 rounds of tiles, would leave it a fifth idle in the third.
+ROWS = 1024
 
 
 def linear_cross_entropy(hidden, weight, labels, uniform_gradient=False):
@@ -128,7 +131,9 @@ def softmax_kernel(
     """nll of one row of fp32 logits by (1) and, in the row's own memory, d_logits by (2).
 
     d_logits are half as wide where they are bf16, so a block is written where it, or an earlier
-    one, was read: only after all threads have read theirs, hence the barrier.
+    one, was read: only after all threads have read theirs, hence the barrier. The row is read to
+    its padded end, a multiple of 16, and what lies beyond V put out of count afterwards: a mask by
+    V or by the label would turn the 16-byte accesses into one for each logit.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * LOGITS_ROW
@@ -139,7 +144,8 @@ def softmax_kernel(
     others = 0.0  # Σ_{c≠y} exp(z_c - m)
     for start in range(0, V, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        z = tl.load(logits + c, mask=(c < V) & (c != label), other=-float("inf"))  # (BLOCK,)
+        z = tl.load(logits + c, mask=c < LOGITS_ROW, other=0.0)  # (BLOCK,)
+        z = tl.where((c < V) & (c != label), z, -float("inf"))
         m_new = tl.maximum(m, tl.max(z, axis=0))
         others = others * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
         m = m_new
@@ -149,10 +155,21 @@ def softmax_kernel(
         g = tl.load(d_nll + row)
         for start in range(0, V, BLOCK):
             c = start + tl.arange(0, BLOCK)
-            z = tl.load(logits + c, mask=c < V, other=-float("inf"))  # (BLOCK,)
+            z = tl.load(logits + c, mask=c < LOGITS_ROW, other=0.0)  # (BLOCK,)
+            z = tl.where(c < V, z, -float("inf"))
             d_z = tl.where(c == label, -others, tl.exp(z - m)) * (g / total)
             tl.debug_barrier()
-            tl.store(d_logits + c, d_z.to(d_logits.dtype.element_ty), mask=c < V)  # (BLOCK,)
+            d_z = d_z.to(d_logits.dtype.element_ty)
+            tl.store(d_logits + c, d_z, mask=c < LOGITS_ROW)  # (BLOCK,)
+
+
+def softmax_block(V):
+    """Logits read at a time, by all threads of a multiprocessor's half.
+
+    Two rows to a multiprocessor: 264 of an H100 are 34 MB, which its L2 cache still holds when the
+    second pass reads them again.
+    """
+    return {"BLOCK": min(16384, triton.next_power_of_2(V)), "num_warps": 32}
 
 
 @torch.library.custom_op("tulu::cross_entropy", mutates_args=())
@@ -161,26 +178,27 @@ def cross_entropy_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """nll, and for d_nll (N,) the gradients of hidden and weight (else two empty tensors)."""
     (N, E), V = hidden.shape, len(weight)
-    # Chunks of equal size, in multiples of 128 rows, a tile of the matrix products.
-    most = max(FEWEST_ROWS, CUDA_WORKSPACE // (4 * V))
-    rows = -(-N // -(-N // most) // 128) * 128 if N > 0 else 0
-    workspace = hidden.new_empty(min(rows, N), V, dtype=torch.float32)
+    padded = triton.cdiv(V, 64) * 64  # so that rows begin where wide accesses may
+    rows = max(1, CUDA_WORKSPACE // (4 * padded) // ROWS) * ROWS
+    workspace = hidden.new_empty(min(rows, N), padded, dtype=torch.float32)
     nll = hidden.new_empty(N, dtype=torch.float32)
     gradient = d_nll is not None
     d_hidden = hidden.new_empty((N, E) if gradient else 0)
     d_weight = weight.new_zeros((V, E) if gradient and N == 0 else 0, dtype=torch.float32)
-    for i in range(0, N, rows or 1):
+    for i in range(0, N, rows):
         h = hidden[i : i + rows]
-        logits = product(h, weight.T, workspace[: len(h)])
+        logits = product(h, weight.T, workspace[: len(h), :V])
         # The same memory as elements of hidden's type: row r still begins at logits[r].
-        d_logits = logits.view(hidden.dtype)[:, :V]
+        d_logits = workspace[: len(h)].view(hidden.dtype)[:, :V]
         softmax_kernel[(len(h),)](
             logits, d_logits, labels[i : i + rows], d_nll[i : i + rows] if gradient else nll,
-            nll[i : i + rows], V, logits.stride(0), d_logits.stride(0), gradient, 4096, num_warps=8,
+            nll[i : i + rows], V, workspace.stride(0), d_logits.stride(0), gradient,
+            **softmax_block(V),
         )  # fmt: skip
         if gradient:
             torch.mm(d_logits, weight, out=d_hidden[i : i + rows])
             d_weight = product(d_logits.T, h, None if i == 0 else d_weight, accumulate=i > 0)
+    workspace = logits = d_logits = None  # freed before the last line asks for memory
     return nll, d_hidden, d_weight.to(weight.dtype)
 
 

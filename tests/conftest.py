@@ -7,6 +7,7 @@ import threads  # noqa: F401, before torch
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,19 +16,22 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # Without a GPU Triton's interpreter runs the kernels; it has to know before the first import.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none, and say so."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Skip what needs a GPU where there is none, and say so; else the kernels run there."""
+    gpu = torch.cuda.is_available()
+    for item in items:
+        if gpu and item.get_closest_marker("kernel"):
+            item.add_marker("gpu")
+        if not gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +142,17 @@ def base(tmp_path_factory, tokenizer_folder):
         for name, shape in shapes.items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory, base):
+    """`base` with matrices six times as large: its greedy answers vary with the prompt."""
+    folder = tmp_path_factory.mktemp("lively")
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    weights = load_file(base / "model.safetensors")
+    weights = {name: w * 6 if w.dim() == 2 else w for name, w in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -1,16 +1,27 @@
-"""kernels/attention.py against its definition in fp64; the kernels in Triton's interpreter."""
+"""kernels/attention.py against its definition in fp64; the kernels on a GPU or interpreted."""
 
 import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kernels.attention import (
     attention,
     attention_layout,
     attention_reference,
     attention_triton,
+    backward_kv_kernel,
+    blocks,
+    forward_kernel,
+    keys_of,
+    shared_memory,
 )
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")  # of the kernels
+SIXTEEN = [torch.float16, torch.bfloat16] if GPU else [torch.float16]  # the interpreter lacks bf16
 
 # Lengths of the documents of a row: odd ones, of one token, one alone, many tiny ones.
 ROWS = [[37], [1], [1, 1, 5, 1], [7, 101, 1, 37], [3] * 30]
@@ -55,21 +66,13 @@ def test_attention_on_cpu_equals_the_definition(lengths, H, Hk):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_layout_holds_the_lengths_and_changes_nothing():
+def test_layout_holds_the_ends_and_changes_nothing():
     """The layout made once per row is what `attention` would make itself."""
-    lengths = [5, 1, 9]
-    doc_start = doc_start_of(lengths)
-    assert attention_layout(doc_start).tolist() == lengths
-    q, k, v, _ = make_inputs(lengths, 2, 1, 16, torch.float32)
+    doc_start = doc_start_of([5, 1, 9])
+    assert attention_layout(doc_start).tolist() == [5] * 5 + [6] + [15] * 9
+    q, k, v, _ = make_inputs([5, 1, 9], 2, 1, 16, torch.float32)
     with_layout = attention(q, k, v, doc_start, attention_layout(doc_start))
     assert torch.equal(with_layout, attention(q, k, v, doc_start))
-
-
-def test_empty_row():
-    """A row of no tokens has an empty output and empty gradients."""
-    inputs = [torch.zeros(0, heads, 16) for heads in (4, 2, 2, 4)]
-    out, dq, dk, dv = run(attention, *inputs, torch.zeros(0, dtype=torch.int32))
-    assert out.shape == dq.shape == (0, 4, 16) and dk.shape == dv.shape == (0, 2, 16)
 
 
 def naive(q, k, v, doc_start):
@@ -92,85 +95,163 @@ def assert_as_exact_as_naive(function, inputs, doc_start):
     dtype = inputs[0].dtype
     exact = run(attention_reference, *(x.double() for x in inputs), doc_start)
     same_type = run(naive, *inputs, doc_start)
-    ours = run(function, *inputs, doc_start)
+    ours = run(function, *(x.to(DEVICE) for x in inputs), doc_start.to(DEVICE))
     floor = 2 * torch.finfo(dtype).eps * max(e.abs().max() for e in exact)
     for name, e, n, o in zip(("out", "dq", "dk", "dv"), exact, same_type, ours, strict=True):
         assert o.dtype == dtype and o.shape == e.shape
         allowed = 4 * (n.double() - e).abs().max() + floor
-        error = (o.double() - e).abs().max()
+        error = (o.double().cpu() - e).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-# Tiles are 32 to 128 tokens: edges of documents at, inside and across those of tiles.
+kernel = pytest.mark.kernel
+# Tiles are 16 to 128 tokens: edges of documents at, inside and across those of tiles.
 TILES = [[128, 64, 1, 70, 2], [145], [3] * 45]
 
 
+@kernel
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("lengths", ROWS + TILES, ids=lambda row: f"{len(row)}x{row[0]}")
-def test_kernels_in_fp16_on_every_kind_of_row(lengths):
+def test_kernels_in_16_bits_on_every_kind_of_row(lengths, dtype):
     """Forward and every gradient."""
-    inputs = make_inputs(lengths, 2, 1, 16, torch.float16)
+    inputs = make_inputs(lengths, 2, 1, 16, dtype)
     assert_as_exact_as_naive(attention_triton, inputs, doc_start_of(lengths))
 
 
-@pytest.mark.parametrize("lengths", [[33, 64, 1, 2], [100], [3] * 15], ids=str)
+@kernel
+@pytest.mark.parametrize("lengths", [[17, 32, 1, 2], [60], [3] * 8], ids=str)
 def test_kernels_in_fp32_on_every_kind_of_row(lengths):
-    """Forward and every gradient, in tiles of 32."""
+    """Forward and every gradient, in tiles of 16."""
     inputs = make_inputs(lengths, 2, 1, 16, torch.float32)
     assert_as_exact_as_naive(attention_triton, inputs, doc_start_of(lengths))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@kernel
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
 @pytest.mark.parametrize("D", range(16, 129, 16))
 def test_kernels_for_every_head_size(D, dtype):
     """Also those that are no power of 2, whose tiles are wider than they are."""
-    lengths = [37, 1, 9]
-    inputs = make_inputs(lengths, 1, 1, D, dtype)
-    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of(lengths))
+    inputs = make_inputs([37, 1, 9], 1, 1, D, dtype)
+    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of([37, 1, 9]))
 
 
+@kernel
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("H, Hk", [(2, 2), (4, 2), (8, 1)])
-def test_kernels_for_grouped_heads(H, Hk):
+def test_kernels_for_grouped_heads(H, Hk, dtype):
     """dk and dv are sums over the query heads of a group."""
-    lengths = [37, 64, 5]
-    inputs = make_inputs(lengths, H, Hk, 16, torch.float16)
-    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of(lengths))
+    inputs = make_inputs([37, 64, 5], H, Hk, 16, dtype)
+    assert_as_exact_as_naive(attention_triton, inputs, doc_start_of([37, 64, 5]))
 
 
-def test_kernels_on_an_empty_row():
-    """No tokens, no launch, empty gradients."""
-    inputs = [torch.zeros(0, heads, 16) for heads in (4, 2, 2, 4)]
-    out, dq, dk, dv = run(attention_triton, *inputs, torch.zeros(0, dtype=torch.int32))
+@kernel
+def test_kernels_on_strided_inputs():
+    """Slices of one projection's output, and an upstream gradient with heads first."""
+    generator = torch.Generator().manual_seed(0)
+    joined = torch.randn(42, 4, 3 * 16, generator=generator).half().to(DEVICE)
+    d_out = torch.randn(4, 42, 16, generator=generator).half().to(DEVICE).transpose(0, 1)
+    inputs = [*joined.split(16, dim=2), d_out]
+    doc_start = doc_start_of([37, 5]).to(DEVICE)
+    whole = run(attention_triton, *(x.contiguous() for x in inputs), doc_start)
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    out = attention_triton(q, k, v, doc_start)
+    out.backward(d_out)
+    for a, b in zip((out, q.grad, k.grad, v.grad), whole, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("function", [attention, pytest.param(attention_triton, marks=kernel)])
+def test_empty_row(function):
+    """A row of no tokens has an empty output and empty gradients."""
+    device = DEVICE if function is attention_triton else "cpu"
+    inputs = [torch.zeros(0, heads, 16, device=device) for heads in (4, 2, 2, 4)]
+    doc_start = torch.zeros(0, dtype=torch.int32, device=device)
+    out, dq, dk, dv = run(function, *inputs, doc_start)
     assert out.shape == dq.shape == (0, 4, 16) and dk.shape == dv.shape == (0, 2, 16)
 
 
-def test_documents_do_not_touch_each_other():
-    """Tiles outside a document are never read: even masked, a NaN there would spread as 0 · NaN."""
-    lengths = [128, 128, 40]  # the largest tile is 128
-    q, k, v, d_out = make_inputs(lengths, 1, 1, 16, torch.float16)
-    for x in (q, k, v):
-        x[128:256] = math.nan
-    for result in run(attention_triton, q, k, v, d_out, doc_start_of(lengths)):
-        assert result[:128].isfinite().all() and result[256:].isfinite().all()
+@triton.jit
+def walk_kernel(doc_start, walk, T, BM: tl.constexpr, BN: tl.constexpr):
+    """(low, full, high) of `keys_of` for every tile of queries."""
+    low, full, high = keys_of(doc_start, tl.program_id(0) * BM, T, BM, BN)
+    tl.store(walk + 3 * tl.program_id(0), low)
+    tl.store(walk + 3 * tl.program_id(0) + 1, full)
+    tl.store(walk + 3 * tl.program_id(0) + 2, high)
 
 
+@kernel
+@pytest.mark.parametrize("lengths", [[900], [128, 256, 130], [5, 300, 1, 77, 450], [7] * 90])
+@pytest.mark.parametrize("BM, BN", [(128, 64), (128, 128), (16, 32)])
+def test_a_walk_covers_what_is_seen_and_masks_only_edges(lengths, BM, BN):
+    """It spans just the keys that some query of the tile sees; unmasked are those that all see.
+
+    So the cost is that of the documents, and in a long one only the diagonal has a mask.
+    """
+    doc_start, T = doc_start_of(lengths), sum(lengths)
+    walk = torch.zeros(triton.cdiv(T, BM), 3, dtype=torch.int32, device=DEVICE)
+    walk_kernel[(len(walk),)](doc_start.to(DEVICE), walk, T, BM, BN)
+    i = torch.arange(T)
+    seen = (doc_start[:, None] <= i) & (i <= i[:, None])  # (T, T)
+    for tile, (low, full, high) in enumerate(walk.tolist()):
+        rows = seen[tile * BM : (tile + 1) * BM]
+        assert rows.any(dim=0).nonzero().aminmax() == (low, high - 1)
+        assert low <= full <= high and (full - low) % BN == 0
+        assert rows[:, low:full].all()
+        assert len(doc_start[tile * BM : high].unique()) > 1 or high - full < BM + BN
+
+
+def poisoned(x, first, last):
+    """x with NaN in all rows but first, …, last - 1."""
+    rows = torch.arange(len(x))
+    return x.masked_fill(((rows < first) | (rows >= last))[:, None, None], torch.nan)
+
+
+@kernel
+def test_no_tile_outside_a_document_is_read():
+    """The tile at 128 stays finite with NaN, which spreads as 0 · NaN, all around its walk."""
+    lengths, dtype, first = [100, 100, 30, 120], torch.float16, 128
+    (q, k, v, d_out), doc_start = make_inputs(lengths, 1, 1, 16, dtype), doc_start_of(lengths)
+    chip = shared_memory(q.to(DEVICE))
+    size = blocks(forward_kernel, dtype, chip)
+    low, high = 100, min(first + size["BM"], sum(lengths))
+    last = low + triton.cdiv(high - low, size["BN"]) * size["BN"]
+    row = q, poisoned(k, low, last), poisoned(v, low, last), d_out, doc_start
+    out, dq, _, _ = run(attention_triton, *(x.to(DEVICE) for x in row))
+    assert out[first:high].isfinite().all() and dq[first:high].isfinite().all()
+    size = blocks(backward_kv_kernel, dtype, chip)
+    high = first + size["BN"]
+    end = 200 if high <= 200 else 350  # of the document of the last key
+    last = first + triton.cdiv(end - first, size["BM"]) * size["BM"]
+    row = poisoned(q, first, last), k, v, poisoned(d_out, first, last), doc_start
+    _, _, dk, dv = run(attention_triton, *(x.to(DEVICE) for x in row))
+    assert dk[first:high].isfinite().all() and dv[first:high].isfinite().all()
+
+
+@kernel
 def test_operators_have_shapes_and_gradients_for_the_compiler():
     """torch's own checks of a custom operator: schema, fake outputs, autograd registration."""
     lengths = [5, 3]
-    q, k, v, _ = (x.requires_grad_() for x in make_inputs(lengths, 2, 1, 16, torch.float32))
-    doc_start = doc_start_of(lengths)
-    doc_end = torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
+    inputs = make_inputs(lengths, 2, 1, 16, torch.float32)
+    q, k, v, _ = (x.to(DEVICE).requires_grad_() for x in inputs)
+    doc_start = doc_start_of(lengths).to(DEVICE)
+    doc_end = attention_layout(doc_start)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (q, k, v, doc_start, doc_end)
     torch.library.opcheck(torch.ops.tulu.attention, arguments, test_utils=tests)
 
 
+@kernel
 def test_torch_compile_takes_them_whole():
-    """No graph break, and the same numbers as eagerly."""
-    inputs, doc_start = make_inputs([5, 3], 2, 1, 16, torch.float32), doc_start_of([5, 3])
-    compiled = torch.compile(attention_triton, backend="aot_eager", fullgraph=True, dynamic=True)
-    eager = run(attention_triton, *inputs, doc_start)
-    for a, b in zip(run(compiled, *inputs, doc_start), eager, strict=True):
-        assert torch.equal(a, b)
+    """One graph for rows of any documents, with the numbers of eager mode."""
+    backend = "inductor" if GPU else "aot_eager"
+    compiled = torch.compile(attention_triton, backend=backend, fullgraph=True, dynamic=True)
+    for lengths in ([5, 3], [8], [1, 9]):
+        inputs = [x.to(DEVICE) for x in make_inputs(lengths, 2, 1, 16, torch.float16)]
+        doc_start = doc_start_of(lengths).to(DEVICE)
+        layout = attention_layout(doc_start)
+        eager = run(attention_triton, *inputs, doc_start, layout)
+        for a, b in zip(run(compiled, *inputs, doc_start, layout), eager, strict=True):
+            assert torch.equal(a, b)
 
 
 gpu = pytest.mark.gpu
@@ -201,19 +282,6 @@ def test_on_a_gpu_the_same_bits_every_time():
     first = run(attention, *inputs, doc_start)
     for _ in range(5):
         for a, b in zip(first, run(attention, *inputs, doc_start), strict=True):
-            assert torch.equal(a, b)
-
-
-@gpu
-def test_on_a_gpu_compiled():
-    """torch.compile makes one graph for rows of any documents, with the numbers of eager mode."""
-    compiled = torch.compile(attention, fullgraph=True, dynamic=True)
-    for lengths in ([100, 156], [256], [1, 255]):
-        inputs = [x.cuda() for x in make_inputs(lengths, 4, 2, 64, torch.bfloat16)]
-        doc_start = doc_start_of(lengths).cuda()
-        layout = attention_layout(doc_start)
-        eager = run(attention, *inputs, doc_start, layout)
-        for a, b in zip(run(compiled, *inputs, doc_start, layout), eager, strict=True):
             assert torch.equal(a, b)
 
 

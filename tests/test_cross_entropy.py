@@ -1,4 +1,4 @@
-"""kernels/cross_entropy.py against its definition in fp64; the kernel in Triton's interpreter."""
+"""kernels/cross_entropy.py against its definition in fp64; the kernel on a GPU or interpreted."""
 
 import pytest
 import torch
@@ -12,6 +12,9 @@ from kernels.cross_entropy import (
     linear_cross_entropy_triton,
 )
 from parallel import start
+
+GPU = torch.cuda.is_available()
+SIXTEEN = [torch.float16, torch.bfloat16] if GPU else [torch.float16]  # the interpreter lacks bf16
 
 
 def make_inputs(N, V, E, dtype, seed=0):
@@ -118,7 +121,8 @@ def assert_as_exact_as_naive(function, inputs):
     """
     dtype = inputs[0].dtype
     exact = run(linear_cross_entropy_reference, *(x.double() for x in inputs[:2]), *inputs[2:])
-    same_type, ours = run(naive, *inputs), run(function, *inputs)
+    same_type = run(naive, *inputs)
+    ours = [x.cpu() for x in run(function, *on_device_of(function, *inputs))]
     for name, e, n, o in zip(("nll", "d_hidden", "d_weight"), exact, same_type, ours, strict=True):
         assert o.shape == e.shape
         floor = 2 * torch.finfo(dtype).eps * e.abs().max()
@@ -127,48 +131,60 @@ def assert_as_exact_as_naive(function, inputs):
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-BOTH = [linear_cross_entropy, linear_cross_entropy_triton]
+BOTH = [
+    linear_cross_entropy,
+    pytest.param(linear_cross_entropy_triton, marks=pytest.mark.kernel),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("N, V, E", [(1, 7, 3), (37, 101, 7), (3, 9001, 16), (101, 515, 37)])
+def on_device_of(function, *inputs):
+    """The kernel needs a GPU where Triton does not interpret."""
+    gpu = GPU and function is linear_cross_entropy_triton
+    return [x.cuda() if gpu else x for x in inputs]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
+@pytest.mark.parametrize("N, V, E", [(1, 7, 3), (37, 101, 7), (3, 33001, 16), (101, 515, 37)])
 @pytest.mark.parametrize("function", BOTH)
 def test_as_exact_as_naive(function, N, V, E, dtype):
-    """For a random upstream gradient; a row of 9001 is two blocks of the kernel and a bit."""
+    """For a random upstream gradient; a row of 33001 is two blocks of the kernel and a bit."""
     assert_as_exact_as_naive(function, make_inputs(N, V, E, dtype))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("promised", [False, True])
 def test_kernel_in_several_chunks(promised, monkeypatch):
-    """Chunks of 128 rows and a ragged last one give what one chunk gives, uniform or not."""
-    hidden, weight, labels, _ = make_inputs(150, 37, 16, torch.float32)
-    d_nll = torch.full((150,), -0.7)
-    whole = run(linear_cross_entropy_triton, hidden, weight, labels, d_nll)
-    monkeypatch.setattr(kernels.cross_entropy, "FEWEST_ROWS", 1)
-    monkeypatch.setattr(kernels.cross_entropy, "CUDA_WORKSPACE", 128 * 37 * 4)
+    """Chunks of 64 rows and a ragged last one give what one chunk gives, uniform or not."""
+    inputs = *make_inputs(150, 37, 16, torch.float32)[:3], torch.full((150,), -0.7)
+    inputs = on_device_of(linear_cross_entropy_triton, *inputs)
+    whole = run(linear_cross_entropy_triton, *inputs)
+    monkeypatch.setattr(kernels.cross_entropy, "ROWS", 64)
+    monkeypatch.setattr(kernels.cross_entropy, "CUDA_WORKSPACE", 0)
 
     def function(*x):
         return linear_cross_entropy_triton(*x, uniform_gradient=promised)
 
     # fp32 sums in another order over 150 tokens: 150 roundings at the very most.
-    for a, b in zip(run(function, hidden, weight, labels, d_nll), whole, strict=True):
+    for a, b in zip(run(function, *inputs), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=150 * 6e-8)
 
 
-def test_the_true_class_keeps_its_gradient():
+@pytest.mark.parametrize("function", BOTH)
+def test_the_true_class_keeps_its_gradient(function):
     """At p = 1 - 1e-6 the label's gradient is -1e-6, also where 16 bits round p to 1."""
     weight = torch.eye(2, dtype=torch.float16)
     hidden = torch.tensor([[13.8155, 0.0]], dtype=torch.float16)  # ln(1e6), to 11 bits
     p = torch.sigmoid(-hidden[0, 0].double()).item()
     inputs = hidden, weight, torch.tensor([0]), torch.tensor([1000.0])
-    for function in BOTH:
-        _, d_hidden, _ = run(function, *inputs)
-        torch.testing.assert_close(d_hidden[0, 0].item(), -1000 * p, rtol=2**-10, atol=0)
+    _, d_hidden, _ = run(function, *on_device_of(function, *inputs))
+    torch.testing.assert_close(d_hidden[0, 0].item(), -1000 * p, rtol=2**-10, atol=0)
 
 
+@pytest.mark.kernel
 def test_operator_has_shapes_for_the_compiler():
     """torch's own checks of a custom operator, with gradients and without."""
-    hidden, weight, labels, d_nll = make_inputs(5, 11, 16, torch.float32)
+    inputs = make_inputs(5, 11, 16, torch.float32)
+    hidden, weight, labels, d_nll = on_device_of(linear_cross_entropy_triton, *inputs)
     for upstream in (d_nll, None):
         torch.library.opcheck(
             torch.ops.tulu.cross_entropy,
@@ -191,14 +207,14 @@ def test_weight_gathered_by_fsdp(function, promised):
             return function(hidden, self.lm_head.weight, labels, uniform_gradient=promised)
 
     start()  # a process group of this process alone
-    hidden, weight, labels, _ = make_inputs(5, 11, 16, torch.float32)
-    root = Root()
+    inputs = *make_inputs(5, 11, 16, torch.float32)[:3], torch.full((5,), 0.5)
+    hidden, weight, labels, halves = on_device_of(function, *inputs)
+    root = Root().to(weight.device)
     root.load_state_dict({"lm_head.weight": weight})
-    mesh = init_device_mesh("cpu", (1,))
+    mesh = init_device_mesh(weight.device.type, (1,))
     precision = MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
     fully_shard(root, mesh=mesh, mp_policy=precision)
     (root(hidden, labels).sum() * 0.5).backward()
-    halves = torch.full((5,), 0.5)
     expected = run(function, hidden.half(), weight.half(), labels, halves)[2]
     torch.testing.assert_close(root.lm_head.weight.grad.full_tensor(), expected.float())
 

@@ -47,3 +47,24 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "sft.jsonl").write_text(json.dumps(start) + '\n{"step": 1, "loss": 3, "lr": 0}\n')
     with pytest.raises(InputError, match="sft.jsonl: updates without rewards/margins"):
         plot.plot_dpo(tmp_path / "sft.jsonl", tmp_path / "dpo.png")
+
+
+def test_kernels(tmp_path):
+    """Rows and providers that were skipped leave gaps; a file with nothing measured is refused."""
+    shape = {"H": 4, "Hk": 2, "D": 16}
+    rates = {"ms": {}, "tflops": {"forward": 300.0, "backward": 200.0}}
+    attention = [
+        shape | {"row": "packed 490", "provider": "ours"} | rates,
+        shape | {"row": "dense 512", "provider": "ours"} | rates,
+        shape | {"row": "dense 512", "provider": "flex", "skipped": "needs a GPU"},
+        shape | {"row": "packed 490", "provider": "varlen"} | rates,
+    ]
+    losses = [{"N": n, "provider": "ours", "ms": 1.0 * n, "peak_mib": 9.0} for n in (64, 16)]
+    facts = {"dtype": "torch.bfloat16", "commit": None, "device": "H100", "date": "2026-01-01T00"}
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(facts | {"attention": attention, "cross_entropy": losses}))
+    plot.plot_kernels(path, tmp_path / "kernels.png")
+    assert matplotlib.image.imread(tmp_path / "kernels.png").std() > 0.01
+    path.write_text(json.dumps(facts | {"attention": attention[2:3], "cross_entropy": losses}))
+    with pytest.raises(InputError, match="no figures of attention or of the loss"):
+        plot.plot_kernels(path, tmp_path / "kernels.png")

@@ -1,0 +1,213 @@
+"""Decoding speed of decoding.py beside transformers' generate, one after the other in each round:
+
+    python bench.py generate
+
+Same random weights, prompts, greedy tokens (they must agree) and threads, for one prompt at a time
+and for 16. Prompts are GSM8K's questions in chat format, and each answer ends after as many tokens
+as the data set's own has, so that both are as long, and as different in length, as real ones.
+transformers pads a batch's prompts on the left and goes on until its last answer has ended; here
+prompts are packed, and the next one takes the place of an answer that has ended. On a GPU the model
+has Llama 2 7B's shape, in bf16, and the share of the memory's bandwidth is printed: a step for one
+sequence must read every weight, and that bounds it.
+"""
+
+import dataclasses
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import write
+from chat import Tokenizer
+from decoding import TextGenerator
+from errors import InputError
+from evals.harness import read_jsonl
+from model import Llama, LlamaConfig
+from parallel import start
+from sampling import Sampling
+from training import parse_args
+
+SHAPE = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+    "num_key_value_heads",
+)  # fmt: skip
+CPU_SHAPE = dict(zip(SHAPE, (256, 4, 688, 4, 2), strict=True))  # that of bench.py sft
+GPU_SHAPE = dict(zip(SHAPE, (4096, 32, 11008, 32, 32), strict=True))  # Llama 2 7B
+TOY_SHAPE = dict(zip(SHAPE, (32, 2, 88, 4, 2), strict=True))
+# Bytes per second from memory, from the vendor's datasheets.
+BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}
+
+
+class AsLong(TextGenerator):
+    """Answers end after as many tokens as `lengths` says, and nowhere else."""
+
+    def take(self, sequence, token, sampling):
+        sequence.new.append(token)
+        return "length" if len(sequence.new) == self.lengths[sequence.number] else None
+
+
+@dataclass(frozen=True)
+class GenerateBenchConfig:
+    """Flags of `python bench.py generate`."""
+
+    data: str | None = None  # GSM8K's test.jsonl (default: of $TULU_DATA)
+    tokenizer: str | None = None  # folder of a tokenizer.model (default: Llama 2's of $TULU_DATA)
+    prompts: int = 64  # the first of the file; one at a time an eighth of them
+    rounds: int = 5  # each loop once in every round, the one that begins changing
+    seed: int = 42  # of the weights
+    toy: bool = False  # a tiny model, to rehearse
+    out: str = "results/generate.json"  # the figures
+
+
+def main(arguments):
+    """Measure, print the table, write the JSON file: its figures."""
+    config = GenerateBenchConfig(**parse_args(GenerateBenchConfig, arguments))
+    _, _, device = start()
+    gpu = device.type == "cuda"
+    shape = TOY_SHAPE if config.toy else GPU_SHAPE if gpu else CPU_SHAPE
+    dtype = torch.bfloat16 if gpu else torch.float32
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, lengths = first_questions(config, folder)
+        ours, theirs = models(config, shape, folder, device, dtype)
+    ours.lengths = lengths
+    figures = {}
+    for batch, count in ((1, -(-config.prompts // 8)), (16, config.prompts)):
+        figures[f"batch {batch}"] = compare(config, ours, theirs, prompts[:count], batch)
+    weights = [p for name, p in ours.model.named_parameters() if "embed_tokens" not in name]
+    gpu_name = torch.cuda.get_device_name(device) if gpu else ""
+    bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in gpu_name), None)
+    show(figures, sum(p.numel() for p in weights) * dtype.itemsize, bandwidth)
+    command = " ".join(["python bench.py generate", *arguments])
+    write(config.out, command, device, dtype=str(dtype).removeprefix("torch."), toy=config.toy,
+          model=shape | {"vocab_size": ours.model.config.vocab_size},
+          settings=dataclasses.asdict(config) | {"data": None, "tokenizer": None, "out": None},
+          figures=figures)  # fmt: skip
+    return figures
+
+
+def first_questions(config, folder):
+    """Token ids of the first questions, and lengths of their answers; the tokenizer to `folder`."""
+    shared = Path(os.environ.get("TULU_DATA", "../shared/data"))
+    data = Path(config.data or shared / "eval/gsm8k/test.jsonl")
+    tokenizer = Path(config.tokenizer or shared / "llama2-tokenizer") / "tokenizer.model"
+    for path, flag in ((data, "--data"), (tokenizer, "--tokenizer")):
+        if not path.is_file():
+            raise InputError(f"{flag}: {path}: no such file")
+    shutil.copy(tokenizer, folder)
+    records = read_jsonl(data, ("question", "answer"))[: config.prompts]
+    tokenizer = Tokenizer(folder)
+    turns = [[{"role": "user", "content": record["question"]}] for record in records]
+    lengths = [len(tokenizer.sp.encode(record["answer"])) for record in records]
+    return [tokenizer.prompt(turn) for turn in turns], lengths
+
+
+def models(config, shape, folder, device, dtype):
+    """Our generator, and transformers' model, with the same random weights."""
+    import transformers
+
+    tokenizer = Tokenizer(folder)
+    values = {"model_type": "llama", "vocab_size": tokenizer.vocab_size, "rms_norm_eps": 1e-5,
+              "max_position_embeddings": 2048, "hidden_act": "silu", **shape}  # fmt: skip
+    torch.manual_seed(config.seed)
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        ours = Llama(LlamaConfig.from_dict(values)).to(dtype)
+    ours.load_state_dict(theirs.state_dict(), assign=True)  # one copy of the weights for both
+    return AsLong(ours, tokenizer), theirs
+
+
+def compare(config, ours, theirs, prompts, batch):
+    """Rounds of both: seconds, CPU seconds, tokens; the tokens must be the same."""
+    ours.slots, ours.cache = batch, None
+    sampling, lengths = Sampling(max(ours.lengths[: len(prompts)])), ours.lengths
+
+    def our_turn():
+        answers = ours.generate(prompts, sampling)
+        return [answer.ids for answer in answers]
+
+    def their_turn():
+        answers = []
+        for i in range(0, len(prompts), batch):
+            answers += padded(theirs, prompts[i : i + batch], lengths[i : i + batch])
+        return answers
+
+    turns = {"ours": our_turn, "transformers": their_turn}
+    answers = {name: turn() for name, turn in turns.items()}  # and to warm up
+    different = sum(a != b for a, b in zip(*answers.values(), strict=True))
+    seconds = {name: [] for name in turns}
+    cpu_seconds = {name: [] for name in turns}
+    for number in range(config.rounds):
+        for name in list(turns)[:: 1 if number % 2 else -1]:
+            began = time.perf_counter(), time.process_time()
+            turns[name]()
+            seconds[name].append(round(time.perf_counter() - began[0], 4))
+            cpu_seconds[name].append(round(time.process_time() - began[1], 4))
+    tokens = sum(lengths[: len(prompts)])
+
+    def ratio(times):
+        return statistics.median(
+            b / a for a, b in zip(times["ours"], times["transformers"], strict=True)
+        )
+
+    return {
+        "prompts": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": tokens,
+        "different_answers": different,
+        "tokens_per_second": {n: tokens / statistics.median(s) for n, s in seconds.items()},
+        "speed_up": ratio(seconds),
+        "cpu_speed_up": ratio(cpu_seconds),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
+
+
+def padded(model, prompts, lengths):
+    """transformers' greedy answers of these lengths to a batch of prompts, padded on the left."""
+    import transformers
+
+    longest = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ends = longest + torch.tensor(lengths, device=model.device)
+
+    class AllAsLong(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            return input_ids.shape[1] >= ends
+
+    out = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max(lengths),
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        stopping_criteria=transformers.StoppingCriteriaList([AllAsLong()]),
+    )
+    return [row[longest : longest + n].tolist() for row, n in zip(out, lengths, strict=True)]
+
+
+def show(figures, weight_bytes, bandwidth):
+    """Print the table, and for one sequence what the weights alone would take."""
+    print(f"{'':14}{'tokens/s':>12}{'transformers':>14}{'times':>8}{'by CPU time':>13}")
+    for name, f in figures.items():
+        ours, theirs = f["tokens_per_second"].values()
+        print(f"{name:14}{ours:12,.1f}{theirs:14,.1f}{f['speed_up']:8.2f}{f['cpu_speed_up']:13.2f}")
+        print(
+            f"{'':14}{f['prompts']} prompts of {f['prompt_tokens']:,} tokens, {f['new_tokens']:,} "
+            f"new ones; {f['different_answers']} answers differ"
+        )
+    read = weight_bytes * figures["batch 1"]["tokens_per_second"]["ours"]
+    share = f", {read / bandwidth:.0%} of the memory's bandwidth" if bandwidth else ""
+    print(f"One at a time reads {read / 1e9:.1f} GB of weights a second{share}.")

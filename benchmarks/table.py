@@ -1,0 +1,92 @@
+"""README's tables from measurements: `python bench.py table [results/kernels.json]`.
+
+Prints Markdown: attention's TFLOP/s of forward and backward and the loss's time and memory, one
+column for each provider, and how the figures stand to what the kernels were built for.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+# On an H100, bf16, 7B's heads: TFLOP/s of attention in dense rows of 8k, the share of cuDNN's
+# forward, the loss's time over that of its three products, and its memory in MiB beside gradients.
+FORWARD, BACKWARD, CUDNN, PRODUCTS, MEMORY = 450, 350, 0.9, 1.15, 600
+
+
+def tables(results):
+    """Lines of Markdown: attention for each shape of heads, then the loss."""
+    lines, attention = [], results["attention"]
+    for shape in dict.fromkeys((r["H"], r["Hk"], r["D"]) for r in attention):
+        here = [r for r in attention if (r["H"], r["Hk"], r["D"]) == shape]
+        lines += ["", "TFLOP/s, forward / backward, H {}, Hk {}, D {}".format(*shape)]
+        lines += grid(here, "row", lambda r: "{forward:.0f} / {backward:.0f}".format(**r["tflops"]))
+    lines += ["", "head and loss, forward and backward, ms (MiB beside inputs and gradients)"]
+    return lines + grid(results["cross_entropy"], "N", time_and_memory)
+
+
+def time_and_memory(row):
+    """A cell of the loss's table."""
+    memory = row.get("peak_mib")
+    return f"{row['ms']:.2f}" + (f" ({memory - row['gradients_mib']:,.0f})" if memory else "")
+
+
+def grid(rows, key, cell):
+    """A Markdown table: a line for each value of `key`, a column for each provider."""
+    names = list(dict.fromkeys(r["provider"] for r in rows))
+    lines = [f"| {key} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for value in dict.fromkeys(r[key] for r in rows):
+        found = {r["provider"]: r for r in rows if r[key] == value and "ms" in r}
+        cells = [cell(found[name]) if name in found else "–" for name in names]
+        lines.append(f"| {value} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def aims(results):
+    """Lines that put what was measured beside what was aimed at; none for what was not."""
+    if results["toy"]:
+        return []
+    found = {
+        (r["row"], r["provider"]): r["tflops"]
+        for r in results["attention"]
+        if "tflops" in r and (r["H"], r["Hk"], r["D"]) == (32, 32, 128)
+    }
+    lines = []
+    if dense := found.get(("dense 8192", "ours")):
+        for which, aim in (("forward", FORWARD), ("backward", BACKWARD)):
+            lines.append(verdict(f"8k {which}, TFLOP/s", dense[which], aim))
+        if cudnn := found.get(("dense 8192", "sdpa cudnn")):
+            share = dense["forward"] / cudnn["forward"]
+            lines.append(verdict("8k forward, share of cuDNN's", share, CUDNN))
+    for row in dict.fromkeys(row for row, _ in found if row.startswith("packed")):
+        others = [t["both"] for (r, name), t in found.items() if r == row and name != "ours"]
+        if others and (row, "ours") in found:
+            ratio = found[row, "ours"]["both"] / max(others)
+            lines.append(verdict(f"{row}, both ways, over the best of the others", ratio, 1))
+    losses = {(r["N"], r["provider"]): r for r in results["cross_entropy"] if "ms" in r}
+    for (N, name), row in losses.items():
+        products = losses.get((N, "three products"))
+        if name == "ours, uniform" and products:
+            ratio = row["ms"] / products["ms"]
+            lines.append(verdict(f"loss, N {N}, over three products", ratio, PRODUCTS, most=True))
+            if "peak_mib" in row:
+                memory = row["peak_mib"] - row["gradients_mib"]
+                lines.append(verdict(f"loss, N {N}, MiB", memory, MEMORY, most=True))
+    return ["", *lines]
+
+
+def verdict(what, found, aim, most=False):
+    """One line: reached or missed."""
+    reached = found <= aim if most else found >= aim
+    bound = "at most" if most else "at least"
+    return f"{'reached' if reached else 'missed '}  {what}: {found:.4g}, aim {bound} {aim}"
+
+
+def main(arguments):
+    """Print the tables of a file."""
+    parser = argparse.ArgumentParser(prog="bench.py table", description=__doc__)
+    parser.add_argument("source", nargs="?", default="results/kernels.json")
+    results = json.loads(Path(parser.parse_args(arguments).source).read_text(encoding="utf-8"))
+    versions = results["versions"]
+    print(f"{results['device']}, {results['dtype']}, torch {versions['torch']}, triton "
+          f"{versions['triton']}, commit {results['commit']}, {results['date'][:10]}")  # fmt: skip
+    print(*tables(results), *aims(results), sep="\n")

@@ -1,0 +1,1 @@
+"""The paper's benchmarks, one file each; evaluate.py runs them."""

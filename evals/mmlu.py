@@ -1,0 +1,150 @@
+"""MMLU: multiple-choice questions of 57 subjects (Hendrycks et al. 2021, arXiv 2009.03300).
+
+Setting (Ivison et al. 2023, appendix A): all 14,042 test questions, no examples (--mmlu-shots: the
+first so many of the subject's dev file, as far as 2,048 tokens reach), in one user turn; the answer
+begins with "The answer is:", and the likeliest of " A" to " D" as the next token counts. A base
+model goes on from the question's own "Answer:". The score is the share of right answers of all
+questions. Source: open-instruct eval/mmlu/run_eval.py of 2023-11-28; the categories are those of
+MMLU's authors.
+
+Where ours differs: the original's weights have 8 bits; it leaves out the last examples of a prompt
+that is too long, ours the first; its pandas turns a choice "None" into "nan".
+"""
+
+from errors import InputError
+from evals.harness import ask, fewest_dropped, mean_and_error, need, read_csv, result
+
+MOST_TOKENS = 2048 + 1  # the original counts without BOS
+LETTERS = "ABCD"
+COLUMNS = ("question", *LETTERS, "answer")
+CATEGORIES = {
+    "STEM": """abstract_algebra astronomy college_biology college_chemistry college_computer_science
+        college_mathematics college_physics computer_security conceptual_physics
+        electrical_engineering elementary_mathematics high_school_biology high_school_chemistry
+        high_school_computer_science high_school_mathematics high_school_physics
+        high_school_statistics machine_learning""",
+    "humanities": """formal_logic high_school_european_history high_school_us_history
+        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
+        moral_scenarios philosophy prehistory professional_law world_religions""",
+    "social sciences": """econometrics high_school_geography high_school_government_and_politics
+        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
+        professional_psychology public_relations security_studies sociology us_foreign_policy""",
+    "other": """anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging
+        management marketing medical_genetics miscellaneous nutrition professional_accounting
+        professional_medicine virology""",
+}
+
+
+def load(folder, options):
+    """Questions of test/*_test.csv, each with its subject's examples from dev/*_dev.csv."""
+    paths = sorted((folder / "test").glob("*_test.csv"))
+    if not paths:
+        raise InputError(f"{folder / 'test'}: found no *_test.csv, expected MMLU's")
+    items, shots = [], options.mmlu_shots
+    for path in paths:
+        subject, examples = path.name.removesuffix("_test.csv"), []
+        if shots:
+            dev = need(folder / "dev", f"{subject}_dev.csv")
+            examples = read_questions(dev)[:shots]
+            if len(examples) < shots:
+                raise InputError(f"{dev}: {len(examples)} questions, expected --mmlu-shots {shots}")
+        items += [
+            {"id": f"{subject}/{number}", "subject": subject, "examples": examples, **question}
+            for number, question in enumerate(read_questions(path))
+        ]
+    return items
+
+
+def read_questions(path):
+    """Rows of a file with `COLUMNS`, the answer a letter.
+
+    MMLU's own files have no header; copies that have one, and 0 to 3 for A to D, are read alike.
+    """
+    rows = read_csv(path, COLUMNS)
+    if rows and (rows[0]["question"], rows[0]["answer"]) == ("question", "answer"):
+        rows = rows[1:]
+    if not rows:
+        raise InputError(f"{path}: found no questions")
+    for number, row in enumerate(rows, 1):
+        answer = row["answer"].strip()
+        if answer in ("0", "1", "2", "3"):
+            answer = LETTERS[int(answer)]
+        if answer not in tuple(LETTERS):
+            raise InputError(f"{path}: question {number} has answer {answer!r}, expected A to D")
+        row["answer"] = answer
+    return rows
+
+
+def prompt(tokenizer, item, options, most_tokens):
+    """(token ids, examples left out): a question after as many examples as `most_tokens` allows."""
+
+    def make(shots):
+        # Two spaces: the original's subject begins with one.
+        subject = " " + item["subject"].replace("_", " ")
+        text = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        for example in item["examples"][len(item["examples"]) - shots :]:
+            text += f"{told(example)} {example['answer']}\n\n"
+        return ask(tokenizer, text + told(item), options, "The answer is:" if options.chat else "")
+
+    return fewest_dropped(make, len(item["examples"]), min(most_tokens, MOST_TOKENS))
+
+
+def told(question):
+    """A question as it is put, up to where its letter belongs."""
+    choices = "".join(f"\n{letter}. {question[letter]}" for letter in LETTERS)
+    return f"{question['question']}{choices}\nAnswer:"
+
+
+def score(item, text):
+    """The letter chosen, and whether it is right."""
+    answer = text.strip()
+    return {"answer": answer, "correct": answer == item["answer"]}
+
+
+def answer_tokens(tokenizer):
+    """Token ids of " A" to " D" as they follow a colon: with Llama's tokenizer, one each."""
+    before = len(tokenizer.raw(":"))
+    return [tokenizer.raw(f": {letter}")[before:] for letter in LETTERS]
+
+
+def evaluate(generator, records, folder, options):
+    """Right answers in percent."""
+    items, tokenizer = load(folder, options), generator.tokenizer
+    letters = answer_tokens(tokenizer)
+    most_tokens = generator.context - max(map(len, letters))
+    for own in records.pending(items, per_rank=256, together="subject"):
+        asked = [prompt(tokenizer, item, options, most_tokens) for item in own]
+        fitting = [ids for ids, _ in asked if len(ids) <= most_tokens]
+        found = iter(generator.option_logps(fitting, [letters] * len(fitting)))
+        fresh = []
+        for item, (ids, left_out) in zip(own, asked, strict=True):
+            fits = len(ids) <= most_tokens  # what does not is counted wrong
+            logps = next(found) if fits else []
+            chosen = f" {LETTERS[logps.index(max(logps))]}" if fits else ""
+            fresh.append(
+                {"id": item["id"], "prompt": tokenizer.visible(ids), "examples_left_out": left_out,
+                 "completion": chosen, "finish": "choice" if fits else "context", "logps": logps,
+                 **score(item, chosen)}
+            )  # fmt: skip
+        records.add(fresh)
+    return summary(items, records.of(items), options)
+
+
+def summary(items, found, options):
+    """The result, with the shares of right answers of each category and subject."""
+    subjects, categories = {}, {}
+    category_of = {subject: name for name, own in CATEGORIES.items() for subject in own.split()}
+    for item, record in zip(items, found, strict=True):
+        subject = item["subject"]
+        subjects.setdefault(subject, []).append(record["correct"])
+        categories.setdefault(category_of.get(subject, "other"), []).append(record["correct"])
+    return result(
+        "% right",
+        *mean_and_error([record["correct"] for record in found]),
+        len(items),
+        {"shots": options.mmlu_shots, "most_tokens": MOST_TOKENS},
+        categories={name: mean_and_error(correct)[0] for name, correct in categories.items()},
+        subjects={name: mean_and_error(correct)[0] for name, correct in subjects.items()},
+        prompts_with_fewer_examples=sum(record["examples_left_out"] > 0 for record in found),
+        prompts_too_long=sum(record["finish"] == "context" for record in found),
+    )

@@ -1,0 +1,209 @@
+"""The paper's benchmarks on a Hugging Face Llama folder: scores, and every prompt and answer.
+
+    python evaluate.py                                                  the demo's model and tasks
+    python evaluate.py --model DIR --data DIR --tasks mmlu gsm8k --out results.json
+    torchrun --nproc_per_node 8 evaluate.py …               each GPU takes a share of the prompts
+
+DIR of --data holds each benchmark's files under their published names, in a folder named like the
+task. Beside results.json lies results.jsonl, a line for each prompt with completion and verdict: to
+look at, and what an interrupted evaluation goes on from.
+
+Source: Ivison et al. 2023 (arXiv 2311.10702), appendix A; open-instruct eval/ of November 2023.
+"""
+
+import threads  # noqa: F401, before torch
+
+# isort: split
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import demo
+from checkpoint import digest, own_share, weight_files
+from decoding import TextGenerator
+from errors import InputError, reported
+from evals.harness import Options, Records
+from model import LlamaConfig
+from parallel import gather_lists, start
+from run_folder import append_record, hold
+from training import check_bounds, environment, parse_args
+
+TASKS = (
+    "mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "truthfulqa", "toxigen", "alpaca_eval",
+    "mt_bench", "demo",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The flags of evaluate.py; the defaults are the paper's settings."""
+
+    model: str | None = None  # Hugging Face folder (default: the demo's newest model)
+    tasks: list[str] | None = None  # benchmarks to run (default: demo)
+    data: str | None = None  # folder with a folder of published files for each task
+    out: str = "runs/eval/results.json"  # scores; every prompt and answer in .jsonl beside it
+    full: bool = False  # all items, where the paper drew a sample
+    chat: bool = True  # ask in Tulu's chat format; --no-chat for a base model
+    mmlu_shots: int = 0  # examples before an MMLU question (the paper reports 0; 5 is usual)
+    slots: int = 16  # sequences decoded at a time
+    context: int = 0  # most tokens of prompt and answer (0: the model's limit)
+    seed: int = 42  # of samples of items and of tokens
+    dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
+
+
+# The paper's table 1 (percent; arXiv 2311.10702v2): codex is pass@10, toxigen less is better.
+PAPER = {
+    "Tulu 2 7B": (50.4, 34.0, 48.5, 46.4, 36.9, 7.0, 73.9),
+    "Tulu 2+DPO 7B": (50.7, 34.5, 45.5, 44.5, 40.0, 0.5, 85.1),
+    "Tulu 2 13B": (55.4, 46.0, 49.5, 53.2, 49.0, 1.7, 78.9),
+    "Tulu 2+DPO 13B": (55.3, 49.5, 49.4, 39.7, 48.9, 1.1, 89.5),
+    "Tulu 2 70B": (67.3, 73.0, 68.4, 53.6, 68.5, 0.5, 86.6),
+    "Tulu 2+DPO 70B": (67.8, 71.5, 66.0, 35.8, 68.9, 0.2, 95.1),
+}
+COLUMNS = ("mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "toxigen", "alpaca_eval")
+
+
+def main(flags):
+    rank, world, device = start()
+    config = check(EvalConfig(**flags), device)
+    options = Options(config.full, config.chat, config.mmlu_shots, config.seed)
+    modules = {task: importlib.import_module(f"evals.{task}") for task in config.tasks}
+    for task, module in modules.items():  # what is wrong with the data shows now
+        folder = Path(config.data) / task
+        if not module.load(folder, options):
+            raise InputError(f"{folder}: holds no questions, expected some")
+    run = run_of(config)
+    out, lines = Path(config.out), Path(config.out).with_suffix(".jsonl")
+    if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(lines, "a")  # held until it is closed, with the end of this function
+        hold(lock, out)
+    dist.barrier()  # until rank 0 holds it, another evaluation may write there
+    records = Records(lines, earlier_records(lines, run))
+
+    generator = TextGenerator.from_folder(
+        config.model, device, getattr(torch, config.dtype), run["context"], config.slots
+    )
+    dist.barrier()  # all have read before rank 0 writes
+    if rank == 0:
+        append_record(lines, {"event": "start", "run": run})
+    results = {
+        "model": str(config.model),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": dataclasses.asdict(config),
+        "environment": environment(device, world),
+        "tasks": {},
+    }
+    for task, module in modules.items():
+        records.task, began = task, time.perf_counter()
+        result = module.evaluate(generator, records, Path(config.data) / task, options)
+        results["tasks"][task] = {**result, "seconds": round(time.perf_counter() - began, 1)}
+        if rank == 0:
+            aside = out.with_name(out.name + ".partial")
+            aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            os.replace(aside, out)
+    if rank == 0:
+        print(table(results))
+        for task, result in results["tasks"].items():
+            if "judge" in result:
+                print(f"{task}: {result['outputs']} is for the judge: {result['judge']}")
+        print(f"{out}: the scores; {lines}: every prompt and answer")
+
+
+def check(config, device):
+    """The config with its defaults filled in; raises `InputError` for what makes no sense."""
+    check_bounds(config)
+    if config.model is None:
+        config = dataclasses.replace(config, model=str(demo.newest_model()))
+    if config.tasks is None:
+        config = dataclasses.replace(config, tasks=["demo"], data=config.data or "runs")
+    unknown = [task for task in config.tasks if task not in TASKS]
+    if unknown or len(set(config.tasks)) < len(config.tasks):
+        found = unknown[0] if unknown else "a task twice"
+        raise InputError(f"--tasks: found {found}, expected some of {', '.join(TASKS)}")
+    if config.data is None:
+        raise InputError("--data DIR is needed: a folder with one for each of --tasks")
+    if Path(config.out).suffix != ".json" or Path(config.out).is_dir():
+        raise InputError(f"--out is {config.out}, expected a file whose name ends in .json")
+    dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if dtype not in ("bfloat16", "float32"):
+        raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
+    return dataclasses.replace(config, dtype=dtype)
+
+
+def run_of(config):
+    """What decides the answers, for telling evaluations apart: weights and not paths."""
+    folder = Path(config.model)
+    context = config.context or LlamaConfig.from_folder(folder).max_position_embeddings
+    paths = [*weight_files(folder), folder / "config.json", folder / "tokenizer.model"]
+    digests = gather_lists([digest(folder / name) for name in own_share(p.name for p in paths)])
+    names = ("full", "chat", "mmlu_shots", "seed", "dtype")
+    facts = {name: getattr(config, name) for name in names}
+    key = hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
+    return {"model": key, "context": context, **facts}
+
+
+def earlier_records(path, run):
+    """The records of an evaluation that was interrupted; raises `InputError` for another one's.
+
+    A last line that a kill cut short is cut off.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if dist.get_rank() == 0 and len(whole) < len(content):
+        os.truncate(path, len(whole))
+    records = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise InputError(f"{path}:{number}: found no JSON object, expected a record") from None
+        found = records[-1].get("run", run)
+        for name, value in run.items():
+            if found.get(name) != value:
+                raise InputError(
+                    f"--out {path.with_suffix('.json')}: holds another evaluation, with {name} "
+                    f"{found.get(name)!r} where this one has {value!r}"
+                )
+    return [record for record in records if "task" in record]
+
+
+def table(results):
+    """The scores with their standard errors, and the paper's below where it has the task."""
+    tasks = results["tasks"]
+    rows = [("", *tasks), ("", *(result["metric"] for result in tasks.values()))]
+    rows.append((Path(results["model"]).name, *(shown(result) for result in tasks.values())))
+    if known := [task for task in tasks if task in COLUMNS]:
+        for name, scores in PAPER.items():
+            scores = dict(zip(COLUMNS, scores, strict=True))
+            rows.append((name, *(f"{scores[t]:.1f}" if t in known else "" for t in tasks)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def shown(result):
+    """Score and standard error; what has no score needs its judge."""
+    if result["score"] is None:
+        return "see below"
+    error = f" ± {result['stderr']:.1f}" if result["stderr"] is not None else ""
+    return f"{result['score']:.1f}{error}"
+
+
+if __name__ == "__main__":
+    with reported():
+        main(parse_args(EvalConfig))
+        dist.destroy_process_group()

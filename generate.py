@@ -1,0 +1,296 @@
+"""Answers from a Hugging Face Llama folder: a chat in the terminal, or a file of prompts.
+
+    python generate.py                                     a chat with the demo's model
+    python generate.py --model DIR                         a chat with yours
+    python generate.py --model DIR --prompt "What is 2+2?"
+    torchrun --nproc_per_node 8 generate.py --model DIR --prompts FILE.jsonl --out FILE.jsonl
+
+A line of --prompts is {"prompt": TEXT} or {"messages": [{"role": …, "content": …}, …]}; --out has
+the same lines in the same order, each with a "completion". What is done so far stands beside it, so
+that the same command goes on after an interruption. Under torchrun each GPU holds the model and
+takes a share of the lines.
+"""
+
+import threads  # noqa: F401, before torch
+
+# isort: split
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import demo
+import sft
+from chat import Tokenizer
+from checkpoint import weight_files
+from decoding import TextGenerator
+from errors import InputError, reported
+from model import LlamaConfig
+from parallel import gather_lists, start
+from readers import parse, read_batches
+from run_folder import hold
+from sampling import Sampling
+from schemas import check_messages
+from training import check_bounds, parse_args
+
+HELP = """/system TEXT   how the assistant should behave, from now on (without TEXT: nothing set)
+/reset         forget the conversation
+/quit          leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The flags of generate.py."""
+
+    model: str | None = None  # Hugging Face folder (default: the demo's newest model)
+    prompt: str | None = None  # one question: print the answer and leave
+    prompts: str | None = None  # a .jsonl of prompts or messages: answer all of them to --out
+    out: str | None = None  # a .jsonl, the lines of --prompts with their completions
+    system: str | None = None  # a system message before every --prompt, "prompt" or chat
+    chat: bool = True  # Tulu's chat format; --no-chat: text that is continued as it stands
+    max_new_tokens: int = 1024  # an answer is cut there
+    temperature: float = 0.0  # 0: always the likeliest token; 1: as the model's probabilities say
+    top_p: float = 1.0  # sample from the fewest tokens with this much probability together
+    stop: list[str] | None = None  # an answer ends before the first of these strings
+    seed: int = 42  # of the samples
+    slots: int = 16  # sequences decoded at a time
+    context: int = 0  # most tokens of prompt and answer (0: the model's limit)
+    dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
+
+
+def main(flags):
+    _, world, device = start()
+    config = GenerateConfig(**flags)
+    check_flags(config, world)
+    dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    records = read_prompts(config) if config.prompts else None
+    model = config.model or demo_model()
+    prompts = encode_prompts(records, model, config) if records else None
+    slots = config.slots if config.prompts else 1
+    context = config.context or None
+    generator = TextGenerator.from_folder(model, device, getattr(torch, dtype), context, slots)
+    stop = tuple(config.stop or ())
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, stop, config.seed)
+    if records:
+        answer_file(generator, records, prompts, Path(config.out), sampling)
+    elif config.prompt is not None:
+        ids = prompt_ids(generator.tokenizer, {"prompt": config.prompt}, config)
+        show(generator.stream(ids, sampling))
+    else:
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text do not end a chat
+        chat(generator, config, sampling)
+
+
+def check_flags(config, world):
+    """Raise `InputError` for flags that make no sense, or not together."""
+    check_bounds(config)
+    if config.dtype not in (None, "bfloat16", "float32"):
+        raise InputError(f"--dtype is {config.dtype}, expected bfloat16 or float32")
+    if (config.prompts is None) != (config.out is None):
+        raise InputError("--prompts FILE and --out FILE go together")
+    if config.prompts is not None and config.prompt is not None:
+        raise InputError("found --prompt and --prompts, expected one of them")
+    if not config.chat and config.system is not None:
+        raise InputError("--system belongs to the chat format, and found --no-chat")
+    if not config.chat and config.prompt is None and config.prompts is None:
+        raise InputError("--no-chat continues a --prompt or --prompts, and found neither")
+    if config.prompts is None and world > 1:
+        raise InputError(f"a chat and --prompt need one process, found {world}")
+    if "" in (config.stop or ()):
+        raise InputError("--stop is empty, expected some text")
+    for text in (config.prompt, config.system, *(config.stop or ())):
+        if text is not None and text.encode(errors="replace").decode() != text:
+            raise InputError(f"found {text!a} among the flags, expected UTF-8")
+    if config.out is not None:
+        if Path(config.out).exists():
+            raise InputError(f"--out {config.out}: exists, expected a new file")
+        if not Path(config.out).absolute().parent.is_dir():
+            raise InputError(f"--out {config.out}: no such folder")
+
+
+def demo_model():
+    """The demo's newest model, made first where there is none."""
+    try:
+        return demo.newest_model()
+    except InputError:
+        sft.main({})
+        return demo.newest_model()
+
+
+# ---- Files of prompts
+
+
+def read_prompts(config):
+    """The records of --prompts; raises `InputError` with file and line for one that is none."""
+    path, records = Path(config.prompts), []
+    if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"--prompts {path}: expected a .jsonl file")
+    for first, lines, _ in read_batches(path):
+        for number, line in enumerate(lines, first):
+            record = parse(line, path, number)
+            if record is None:
+                continue
+            try:
+                check_prompt(record, config.chat)
+            except ValueError as error:
+                raise InputError(f"{path}:{number}: {error}") from None
+            records.append(record)
+    if not records:
+        raise InputError(f"{path}: holds no prompt")
+    return records
+
+
+def check_prompt(record, chat):
+    """Raise `ValueError` unless a record has a "prompt", or (in chat format) "messages"."""
+    if ("prompt" in record) == ("messages" in record):
+        raise ValueError('expected either "prompt" or "messages"')
+    if "prompt" in record:
+        check_messages([{"role": "user", "content": record["prompt"]}], "prompt")
+    elif not chat:
+        raise ValueError('found "messages", expected "prompt" with --no-chat')
+    else:
+        check_messages(record["messages"], "messages")
+        if record["messages"][-1]["role"] == "assistant":
+            raise ValueError("messages end with assistant, expected a user's message")
+
+
+def prompt_ids(tokenizer, record, config):
+    """Token ids of a record's prompt."""
+    if not config.chat:
+        return tokenizer.raw(record["prompt"])
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    user = {"role": "user", "content": record.get("prompt")}
+    return tokenizer.prompt(record.get("messages") or [*system, user])
+
+
+def encode_prompts(records, model, config):
+    """Token ids of each record's prompt; raises `InputError` for one that fills the context."""
+    context = config.context or LlamaConfig.from_folder(model).max_position_embeddings
+    tokenizer = Tokenizer(model)
+    prompts = [prompt_ids(tokenizer, record, config) for record in records]
+    for record, ids in zip(records, prompts, strict=True):
+        if len(ids) >= context:
+            shown = json.dumps(record, ensure_ascii=False)[:60]
+            raise InputError(
+                f"--prompts {config.prompts}: {shown}… has {len(ids)} tokens, expected fewer than "
+                f"the {context} of the model's context"
+            )
+    return prompts
+
+
+def answer_file(generator, records, prompts, out, sampling):
+    """Answer every record and write `out`, which appears when whole.
+
+    Until then the answers so far are in a file whose name holds a hash of all that decides them.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        key = key_of(generator, records, prompts, sampling)
+        partial = out.with_name(f"{out.name}.partial-{key}")
+        file = open(partial, "a", encoding="utf-8")
+        hold(file, out)
+    (done,) = gather_lists([whole_lines(partial)] if rank == 0 else [])
+    bar = tqdm(total=len(records), initial=done, unit="prompt", disable=rank > 0)
+    cut = 0
+    for begin in range(done, len(records), 4 * generator.slots * world):
+        span = range(begin, min(begin + 4 * generator.slots * world, len(records)))
+        own = span[rank::world]
+        asked = [prompts[i] for i in own]
+        answers = generator.generate(asked, sampling, own, lambda: bar.update(world))
+        texts = dict(gather_lists([(i, a.text) for i, a in zip(own, answers, strict=True)]))
+        cut += sum(gather_lists([a.finish in ("length", "context") for a in answers]))
+        if rank == 0:
+            for i in span:
+                line = records[i] | {"completion": texts[i]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    bar.close()
+    if rank == 0:
+        os.replace(partial, out)
+        made = f"{len(records) - done:,} made now, {cut:,} of them cut off for their length"
+        print(f"{out}: {len(records):,} answers, {made}")
+
+
+def key_of(generator, records, prompts, sampling):
+    """A hash of what decides the answers. Weights count by name, size and time, not by content."""
+    folder = generator.tokenizer.path.parent.resolve()
+    stats = [(str(path), path.stat()) for path in weight_files(folder)]
+    weights = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    settings = str(generator.dtype), generator.context, dataclasses.asdict(sampling)
+    facts = json.dumps([weights, settings, records, prompts])
+    return hashlib.sha256(facts.encode()).hexdigest()[:8]
+
+
+def whole_lines(path):
+    """How many lines an interrupted file has; a last one that is not whole is cut off."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    os.truncate(path, len(whole))
+    return whole.count(b"\n")
+
+
+# ---- The terminal
+
+
+def chat(generator, config, sampling):
+    """Read questions and print answers, until /quit or the end of the input."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, for its effect: arrow keys and history in input()
+    system, turns = config.system, []
+    print(HELP)
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            print()
+            return
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        elif command == "/reset":
+            turns = []
+        elif command == "/system":
+            system = rest.strip() or None
+        elif command.startswith("/"):
+            print(HELP)
+        elif line:
+            messages = [{"role": "system", "content": system}] if system else []
+            messages += [*turns, {"role": "user", "content": line}]
+            try:
+                answer = show(generator.stream(generator.tokenizer.prompt(messages), sampling))
+            except InputError as error:
+                print(f"{error}: /reset forgets the conversation")
+                continue
+            turns += [messages[-1], {"role": "assistant", "content": answer}]
+
+
+def show(pieces):
+    """Print an answer as it comes; its text, also where Ctrl-C ends it."""
+    text, finish = "", None
+    try:
+        for piece, finish in pieces:  # noqa: B007, the last one is wanted
+            print(piece, end="", flush=True)
+            text += piece
+    except KeyboardInterrupt:
+        finish = "stopped"
+    print()
+    reasons = {"length": "--max-new-tokens", "context": "the context is full", "stopped": "Ctrl-C"}
+    if finish in reasons:
+        print(f"[cut off: {reasons[finish]}]", file=sys.stderr)
+    return text
+
+
+if __name__ == "__main__":
+    with reported():
+        main(parse_args(GenerateConfig))
+        dist.destroy_process_group()

@@ -1,0 +1,188 @@
+"""evaluate.py: what it writes, how it goes on, what it refuses; on the tiny model."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import evaluate
+from decoding import TextGenerator
+from errors import InputError
+from evals.harness import Options, mean_and_error, sample, seed_of
+from training import parse_args
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def flags(base, tmp_path):
+    """Flags of an evaluation of the tiny model on 70 made-up prompts, more than one chunk."""
+    (tmp_path / "data" / "demo").mkdir(parents=True)
+    rows = [
+        {"kind": "even" if k % 2 else "odd", "answer": "4",
+         "messages": [{"role": "user", "content": f"What is {k} plus 2?"}]}
+        for k in range(70)
+    ]  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "data" / "demo" / "held_out.jsonl").write_text(lines)
+    return {"model": str(base), "tasks": ["demo"], "data": str(tmp_path / "data"),
+            "out": str(tmp_path / "out" / "results.json")}  # fmt: skip
+
+
+def written(flags):
+    """The scores and the records that were written."""
+    out = Path(flags["out"])
+    lines = out.with_suffix(".jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return json.loads(out.read_text()), [record for record in records if "task" in record]
+
+
+def test_scores_and_records(flags, capsys):
+    """A record for every prompt, scores from the records, a table."""
+    evaluate.main(flags)
+    results, records = written(flags)
+    assert [record["id"] for record in records] == [f"held_out_{k}" for k in range(70)]
+    assert records[3]["prompt"] == "<s> <|user|>\nWhat is 3 plus 2?\n<|assistant|>\n"
+    found = results["tasks"]["demo"]
+    assert found["n"] == 70 and found["score"] == 100 * sum(r["right"] for r in records) / 70
+    assert set(found["kinds"]) == {"odd", "even"} and sum(found["finishes"].values()) == 70
+    assert {"model", "date", "config", "environment"} <= results.keys()
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].split() == ["demo"] and shown[2].startswith(Path(flags["model"]).name)
+
+
+def test_an_interrupted_evaluation_goes_on(flags, monkeypatch):
+    """Only prompts without a record are asked; a half line is cut off; the scores are the same."""
+    evaluate.main(flags | {"out": flags["out"].replace("results", "whole")})
+    asked, real = [], TextGenerator.generate
+
+    def count(self, prompts, *more):
+        if len(asked) == 1 and prompts:
+            asked.append(0)
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return real(self, prompts, *more)
+
+    monkeypatch.setattr(TextGenerator, "generate", count)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(flags)
+    with open(Path(flags["out"]).with_suffix(".jsonl"), "a") as file:
+        file.write('{"task": "demo", "id": "held_')
+    evaluate.main(flags)
+    assert asked == [64, 0, 6]
+    results, records = written(flags)
+    whole, others = written(flags | {"out": flags["out"].replace("results", "whole")})
+    assert records == others
+    assert {**results["tasks"]["demo"], "seconds": 0} == {**whole["tasks"]["demo"], "seconds": 0}
+    evaluate.main(flags)  # and once more: nothing left to ask
+    assert asked == [64, 0, 6]
+
+
+def test_two_ranks_score_as_one(flags):
+    """The same records, each rank having made its share."""
+    evaluate.main(flags)
+    other = flags | {"out": flags["out"].replace("results", "two")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["evaluate.py", "--model", other["model"], "--tasks", "demo"]
+    command += ["--data", other["data"], "--out", other["out"]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    by_id = [sorted(written(f)[1], key=lambda r: r["id"]) for f in (flags, other)]
+    assert by_id[0] == by_id[1]
+
+
+def test_one_evaluation_at_a_time(flags, monkeypatch):
+    """A second one with the same --out leaves before it loads the model."""
+    monkeypatch.setattr(evaluate, "hold", partial(evaluate.hold, patience=0))
+
+    def meanwhile(*arguments):
+        with pytest.raises(InputError, match="results.json: another run is writing there"):
+            evaluate.main(flags)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TextGenerator, "from_folder", meanwhile)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(flags)
+
+
+def test_a_task_without_questions(flags):
+    """An empty file has no mean."""
+    (Path(flags["data"]) / "demo" / "held_out.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="demo: holds no questions"):
+        evaluate.main(flags)
+
+
+def test_scores_are_not_written_over_a_folder(flags):
+    """Which would show only when the first task is done."""
+    Path(flags["out"]).mkdir(parents=True)
+    with pytest.raises(InputError, match="results.json, expected a file"):
+        evaluate.main(flags)
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"seed": 1}, "another evaluation, with seed 42 where this one has 1"),
+        ({"context": 100}, "with context 4096 where this one has 100"),
+        ({"chat": False}, "with chat True"),
+    ],
+)
+def test_another_evaluation_is_not_mixed_in(flags, changes, expected, monkeypatch):
+    """Records of other settings are named before the model is loaded, and stay as they are."""
+    evaluate.main(flags)
+    monkeypatch.delattr(TextGenerator, "from_folder")
+    before = Path(flags["out"]).with_suffix(".jsonl").read_bytes()
+    with pytest.raises(InputError, match=expected):
+        evaluate.main(flags | changes)
+    assert Path(flags["out"]).with_suffix(".jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ("--tasks gsm9k", "found gsm9k, expected some of mmlu"),
+        ("--tasks demo demo", "a task twice"),
+        ("--tasks mmlu", "--data DIR is needed"),
+        ("--tasks gsm8k --data nowhere", "nowhere/gsm8k/.*no such file"),
+        ("--out results.txt", "ends in .json"),
+        ("--mmlu-shots 6", "--mmlu-shots is 6"),
+        ("--dtype float16", "--dtype is float16"),
+        ("--slots 0", "--slots is 0"),
+    ],
+)
+def test_bad_flags(base, arguments, expected, tmp_path, monkeypatch):
+    """Before the model is loaded, in one line that names the flag or the file."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", str(base), *arguments.split()]
+    with pytest.raises(InputError, match=expected):
+        evaluate.main(parse_args(evaluate.EvalConfig, arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_demo_model_it_says_how_to_make_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="no demo model, expected one made by `torchrun sft.py`"):
+        evaluate.main({})
+
+
+def test_mean_and_error():
+    """Of 3 right answers in 4: 75 %, and sqrt(p (1 - p) / (n - 1)) of it."""
+    mean, error = mean_and_error([True, True, False, True])
+    assert (mean, error) == (75.0, pytest.approx(100 * math.sqrt(0.75 * 0.25 / 3)))
+    assert mean_and_error([0.5]) == (50.0, None)
+
+
+def test_samples_of_items():
+    """n of them in their order, by the seed; all with --full; a seed of an item is its own."""
+    items = [{"id": f"item {k}"} for k in range(50)]
+    drawn = sample(items, 7, Options())
+    assert len(drawn) == 7 and drawn == sorted(drawn, key=items.index)
+    assert drawn == sample(items, 7, Options()) != sample(items, 7, Options(seed=1))
+    assert sample(items, 7, Options(full=True)) == sample(items, 50, Options()) == items
+    random.Random(0).shuffle(items)
+    assert len({seed_of(item) for item in items}) == 50
