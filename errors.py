@@ -31,12 +31,15 @@ def reported():
         os._exit(0)
     except KeyboardInterrupt:  # before training began; it stops in an orderly way (parallel.py)
         os._exit(128 + signal.SIGINT)
-    except (InputError, RunError, OSError) as error:
-        # Most errors strike every rank alike: rank 0 speaks, and torchrun ends the others while
-        # they wait. An error that is one rank's alone is said after the wait.
+    except Exception as error:
+        # Most errors strike every rank alike, and one that is rank 0's alone breaks what connects
+        # it to the others: rank 0 speaks, and torchrun ends the others while they wait. An error
+        # that is another rank's alone is said after the wait.
         if int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training had it noted, not obeyed
             time.sleep(5)
+        if not isinstance(error, (InputError, RunError, OSError)):
+            raise
         sys.stdout.flush()
         with tqdm.external_write_mode(sys.stderr):  # a progress bar would share the line
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)

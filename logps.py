@@ -63,12 +63,13 @@ def reference_logps(model, documents, config, weights, device):
             hidden_size = model.config.hidden_size
             for row in plan_rows(lengths[pairs], world, config.micro_tokens, hidden_size)[rank]:
                 own[row] = answer_logps(model, documents, pairs[row], device).double().cpu()
+                bar.update(len(row))
             dist.all_reduce(own)  # each pair is one rank's, and zero on the others
             check_reference(own, documents, pairs)
             logps[pairs] = own
             if rank == 0:
                 write_reference(paths, logps)
-        bar.update(len(pairs))
+        bar.update(begin + len(pairs) - bar.n)  # and those of the other ranks
     bar.close()
     return logps
 

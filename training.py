@@ -101,6 +101,7 @@ def parse_args(config_class, argv=None):
         elif typing.get_origin(kind) is list:
             options = {
                 "nargs": "+",
+                "action": "extend",  # `--data a b` and `--data a --data b` are the same
                 "metavar": {"tasks": "TASK", "stop": "TEXT"}.get(field.name, "PATH"),
             }
         default = "" if field.default is None else f" (default: {field.default})"

@@ -12,23 +12,32 @@ Its own loop runs, and the others between its updates. CPU time is shown too, fo
 other work.
 """
 
-import os
-import shutil
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
 
 import dpo
+from benchmarks.loops import (
+    HEADS,
+    REAL,
+    TOY,
+    clocks,
+    figures,
+    first_documents,
+    make_model,
+    pad,
+    padded_flops,
+    show,
+    take_turns,
+)
 from benchmarks.measure import write
-from benchmarks.sft import HEADS, REAL, TOY, Update, make_model, pad, padded_flops
+from benchmarks.trl_trainer import trl_trainer
 from checkpoint import load_hf
-from data import Documents, plan_rows, update_members
+from data import plan_rows, update_members
 from errors import InputError
 from logps import answer_logps, reference_logps, weights_key
 from model import Llama, LlamaConfig
@@ -66,7 +75,7 @@ class DPOBenchConfig:
 
 
 def main(arguments):
-    """Measure, print the table, write the JSON file: its figures."""
+    """Measure, print the table, and write the JSON file."""
     config = DPOBenchConfig(**parse_args(DPOBenchConfig, arguments))
     _, _, device = start()
     if device.type != "cpu":
@@ -82,31 +91,22 @@ def main(arguments):
             loops[f"transformers, {rows}"] = theirs
         trl = bool(config.trl and find_spec("trl"))
         updates = measure(config, documents, loops, folder if trl else None)
-    figures = summarise(documents, shape, updates)
-    show(config, figures)
+    found = summarise(documents, shape, updates)
+    show(found, "pairs")
+    print(f"{found['trained_tokens'] / found['tokens']:.0%} of {found['tokens']:,} tokens trained.")
     if not trl:
         print("TRL took no part: not installed, or --no-trl.")
     command = " ".join(["python bench.py dpo", *arguments])
     model = {**(TOY if config.toy else REAL), **HEADS}
-    write(config.out, command, device, dtype="float32", toy=config.toy, model=model, **figures)
-    if not figures["largest_loss_difference"] < LOSS_TOLERANCE:
-        raise AssertionError(f"losses differ by {figures['largest_loss_difference']:.1e}")
-    return figures
+    write(config.out, command, device, dtype="float32", toy=config.toy, model=model, **found)
+    if not found["largest_loss_difference"] < LOSS_TOLERANCE:
+        raise AssertionError(f"losses differ by {found['largest_loss_difference']:.1e} of them")
 
 
 def first_pairs(config, folder):
-    """The first pairs of the file, tokenised by data.py, with `folder` for its cache."""
-    shared = Path(os.environ.get("TULU_DATA", "../shared/data"))
-    data = Path(config.data or shared / "prefs/alpaca_eval_tulu2_13b.jsonl")
-    tokenizer = Path(config.tokenizer or shared / "llama2-tokenizer") / "tokenizer.model"
-    for path, flag in ((data, "--data"), (tokenizer, "--tokenizer")):
-        if not path.is_file():
-            raise InputError(f"{flag}: {path}: no such file")
-    shutil.copy(tokenizer, folder)
-    first = Path(folder) / "data.jsonl"
-    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-    first.write_text("".join(lines[: config.pairs]), encoding="utf-8")
-    return Documents([first], folder, config.max_seq_len, encode_pair, per_record=2)
+    """The first pairs of the file."""
+    default, length = "prefs/alpaca_eval_tulu2_13b.jsonl", config.max_seq_len
+    return first_documents(config, default, config.pairs, folder, length, encode_pair, 2)
 
 
 class OurLoop:
@@ -177,69 +177,6 @@ class TheirLoop:
         return total
 
 
-def trl_trainer(config, folder, documents, order, **settings):
-    """TRL's DPOTrainer on the pairs of `order`, one after another, with our tokens and our AdamW.
-
-    Its metrics of each batch, the loss among them, are in `batches`.
-    """
-    import datasets
-    import tokenizers
-    import transformers
-    import trl
-
-    class Trainer(trl.DPOTrainer):
-        def _prepare_dataset(self, dataset, *_, **__):
-            return dataset  # of token ids, which it would make here
-
-        def _get_train_sampler(self, *_, **__):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-        def compute_loss(self, *arguments, **more):
-            loss = super().compute_loss(*arguments, **more)
-            metrics = {name: values[-1] for name, values in self._metrics["train"].items()}
-            self.batches.append({"loss": loss.item(), **metrics})
-            return loss
-
-    rows = []
-    for pair in order:
-        (chosen, marks), (rejected, _) = documents[2 * pair], documents[2 * pair + 1]
-        n = int(np.argmax(marks))  # the answer is all that is left of a document
-        ids = {"prompt": chosen[:n], "chosen": chosen[n:], "rejected": rejected[n:]}
-        rows.append({f"{name}_ids": np.asarray(part).tolist() for name, part in ids.items()})
-    defaults = {
-        "output_dir": folder,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": config.batch_size // 4,
-        "num_train_epochs": 1,
-        "precompute_ref_log_probs": True,
-        "max_length": config.max_seq_len,
-        "beta": config.beta,
-        "learning_rate": config.lr,
-        "lr_scheduler_type": "constant",
-        "weight_decay": config.weight_decay,
-        "adam_beta1": config.beta1,
-        "adam_beta2": config.beta2,
-        "max_grad_norm": config.clip,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "bf16": False,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
-    names = {f"{name}_token": "<unk>" for name in ("pad", "eos", "unk")}
-    trainer = Trainer(
-        model=transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        args=trl.DPOConfig(**(defaults | settings)),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=transformers.PreTrainedTokenizerFast(tokenizer_object=words, **names),
-    )
-    trainer.batches = []
-    return trainer
-
-
 def measure(config, documents, loops, trl_folder):
     """One `Update` after another: each loop does it in turn, TRL's between them if a folder."""
     n = len(documents) // 2
@@ -248,14 +185,8 @@ def measure(config, documents, loops, trl_folder):
     updates = []
 
     def others():
-        pairs, names = order[len(updates)], list(loops)
-        update = Update(pairs, {}, {}, {})
-        first = len(updates) % len(names)
-        for name in names[first:] + names[:first]:
-            started = clocks()
-            update.losses[name] = loops[name].update(pairs)
-            update.seconds[name], update.cpu_seconds[name] = clocks() - started
-        updates.append(update)
+        pairs = order[len(updates)]
+        updates.append(take_turns(loops, len(updates), pairs, pairs))
 
     if not trl_folder:
         for _ in range(total):
@@ -269,7 +200,7 @@ def measure(config, documents, loops, trl_folder):
             self.started = clocks()
 
         def on_step_end(self, *_, **__):
-            seconds = clocks() - self.started
+            seconds = (clocks() - self.started).tolist()
             batches = trainer.batches[-config.batch_size // 4 :]
             others()
             updates[-1].seconds["TRL, 4"], updates[-1].cpu_seconds["TRL, 4"] = seconds
@@ -279,11 +210,6 @@ def measure(config, documents, loops, trl_folder):
     trainer.add_callback(Interleave())
     trainer.train()
     return updates
-
-
-def clocks():
-    """Seconds, and CPU seconds of all threads."""
-    return np.array([time.perf_counter(), time.process_time()])
 
 
 # ---- Figures
@@ -302,59 +228,19 @@ def loop_flops(name, shape, lengths, trained):
 
 
 def summarise(documents, shape, updates):
-    """The figures: times are medians over the updates, ratios medians of each update's ratio."""
-    members = [np.stack([2 * u.members, 2 * u.members + 1], 1).ravel() for u in updates]
-    loops = {}
-    for name in updates[0].seconds:
-        seconds = statistics.median(update.seconds[name] for update in updates)
-        flops = statistics.fmean(
-            loop_flops(name, shape, documents.lengths[m], documents.trained_counts[m].sum())
-            for m in members
-        )
-        loops[name] = {
-            "pairs_per_second": len(updates[0].members) / seconds,
-            "gflop_per_update": flops / 1e9,
-            "gflop_per_second": flops / seconds / 1e9,
-            "time_to_ours": statistics.median(u.seconds[name] / u.seconds["ours"] for u in updates),
-            "cpu_time_to_ours": statistics.median(
-                u.cpu_seconds[name] / u.cpu_seconds["ours"] for u in updates
-            ),
-            "seconds": [round(float(update.seconds[name]), 4) for update in updates],
-            "cpu_seconds": [round(float(update.cpu_seconds[name]), 4) for update in updates],
-            "losses": [update.losses[name] for update in updates],
-        }
-    theirs = [name for name in loops if name != "ours"]
-    better = min(theirs, key=lambda name: loops[name]["time_to_ours"])
-    differences = [abs(u.losses[name] - u.losses["ours"]) for u in updates for name in theirs]
+    """The figures of all loops, and the tokens that they are of."""
+
+    def of(values, pairs):  # chosen, rejected, chosen, …
+        return values[np.stack([2 * pairs, 2 * pairs + 1], 1).ravel()]
+
+    def flops(name, pairs):
+        trained = of(documents.trained_counts, pairs).sum()
+        return loop_flops(name, shape, of(documents.lengths, pairs), trained)
+
+    everything = np.concatenate([update.members for update in updates])
     return {
         "pairs": len(documents) // 2,
-        "updates": len(updates),
-        "tokens": int(sum(documents.lengths[m].sum() for m in members)),
-        "trained_tokens": int(sum(documents.trained_counts[m].sum() for m in members)),
-        "better": better,
-        "speed_up": loops[better]["time_to_ours"],
-        "cpu_speed_up": min(loops[name]["cpu_time_to_ours"] for name in theirs),
-        "arithmetic": loops[better]["gflop_per_update"] / loops["ours"]["gflop_per_update"],
-        "largest_loss_difference": max(differences),
-        "loops": loops,
+        "tokens": int(of(documents.lengths, everything).sum()),
+        "trained_tokens": int(of(documents.trained_counts, everything).sum()),
+        **figures(updates, flops, "pairs", len),
     }
-
-
-def show(config, figures):
-    """Print the table and what explains it."""
-    columns = ("pairs/s", "GFLOP", "GFLOP/s", "time", "CPU time", "losses")
-    print(f"{figures['updates']} updates of {config.batch_size} pairs".ljust(42), end="")
-    print("".join(f"{column:>10}" for column in columns))
-    for name, f in figures["loops"].items():
-        losses = " ".join(f"{loss:.5f}" for loss in f["losses"][:3])
-        print(
-            f"{name.replace(', ', ', pairs in a padded batch: '):42}{f['pairs_per_second']:10.2f}"
-            f"{f['gflop_per_update']:10,.0f}{f['gflop_per_second']:10.1f}"
-            f"{f['time_to_ours']:10.2f}{f['cpu_time_to_ours']:10.2f}    {losses}"
-        )
-    print(
-        f"{figures['speed_up']:.2f} times {figures['better']} ({figures['cpu_speed_up']:.2f} by "
-        f"CPU time), which does {figures['arithmetic']:.2f} times our arithmetic.\n"
-        f"{figures['trained_tokens'] / figures['tokens']:.0%} of {figures['tokens']:,} tokens are "
-        f"trained. Losses are at most {figures['largest_loss_difference']:.1e} apart."
-    )

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.dpo import first_pairs
+from benchmarks.loops import HEADS, REAL, TOY, make_model
 from benchmarks.measure import write
-from benchmarks.sft import HEADS, REAL, TOY, make_model
 from errors import RunError
 from parallel import start
 from training import parse_args

@@ -9,31 +9,33 @@ divided by its trained tokens. Beside them the matrix products of our loop and n
 any loop of this arithmetic must take. CPU time is shown too, for machines that do other work.
 """
 
-import os
-import shutil
-import statistics
 import tempfile
-import time
-from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.loops import (
+    HEADS,
+    REAL,
+    TOY,
+    figures,
+    first_documents,
+    make_model,
+    pad,
+    padded_flops,
+    show,
+    take_turns,
+)
 from benchmarks.measure import write
 from checkpoint import load_hf
-from data import Documents, encode_conversation, pack_row, plan_rows, update_members
+from data import encode_conversation, pack_row, plan_rows, update_members
 from errors import InputError
 from kernels.cross_entropy import CPU_WORKSPACE
 from model import Llama, LlamaConfig
 from parallel import shard, start
 from training import clip_gradients, learning_rate, make_optimizer, model_flops, parse_args
 
-# The shapes of the model; the tiny one is for tests.
-REAL = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 688, "vocab_size": 32000}
-TOY = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 88, "vocab_size": 400}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 PADDED = (4, 16)  # conversations in one padded batch of the transformers loops
 FP32_ROUNDING = 1e-5  # relative: sums of thousands of terms in another order, some updates on
 
@@ -65,35 +67,31 @@ def main(arguments):
     if device.type != "cpu":
         raise InputError("bench.py sft compares on CPU, and found a GPU; see bench.py step")
     with tempfile.TemporaryDirectory() as folder:
-        documents = made_up(config) if config.toy else first_documents(config, folder)
+        documents = made_up(config) if config.toy else real(config, folder)
         make_model(config, folder)
         shape = LlamaConfig.from_folder(folder)
         loops = {"ours": OurLoop(config, folder), "its products": Products(config, shape)}
         for rows in PADDED:
             loops[f"transformers, {rows}"] = TheirLoop(config, folder, rows)
         updates = measure(config, documents, loops)
-    figures = summarise(documents, shape, updates)
-    show(config, figures)
+    found = summarise(documents, shape, updates)
+    show(found, "trained_tokens")
+    products = found["loops"]["its products"]
+    print(
+        f"Our matrix products alone take {products['time_to_ours']:.0%} of our time "
+        f"({products['cpu_time_to_ours']:.0%} of CPU time)."
+    )
     command = " ".join(["python bench.py sft", *arguments])
     model = {**(TOY if config.toy else REAL), **HEADS}
-    write(config.out, command, device, dtype="float32", toy=config.toy, model=model, **figures)
-    if not figures["largest_loss_difference"] < FP32_ROUNDING:
-        raise AssertionError(f"losses differ by {figures['largest_loss_difference']:.1e} of them")
+    write(config.out, command, device, dtype="float32", toy=config.toy, model=model, **found)
+    if not found["largest_loss_difference"] < FP32_ROUNDING:
+        raise AssertionError(f"losses differ by {found['largest_loss_difference']:.1e} of them")
 
 
-def first_documents(config, folder):
-    """The first conversations of the file, tokenised by data.py, with `folder` for its cache."""
-    shared = Path(os.environ.get("TULU_DATA", "../shared/data"))
-    data = Path(config.data or shared / "sft/code_alpaca_gsm8k.jsonl")
-    tokenizer = Path(config.tokenizer or shared / "llama2-tokenizer") / "tokenizer.model"
-    for path, flag in ((data, "--data"), (tokenizer, "--tokenizer")):
-        if not path.is_file():
-            raise InputError(f"{flag}: {path}: no such file")
-    shutil.copy(tokenizer, folder)
-    first = Path(folder) / "data.jsonl"
-    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
-    first.write_text("".join(lines[: config.conversations]), encoding="utf-8")
-    return Documents([first], folder, 8192, encode_conversation)
+def real(config, folder):
+    """The first conversations of the file."""
+    default, n = "sft/code_alpaca_gsm8k.jsonl", config.conversations
+    return first_documents(config, default, n, folder, 8192, encode_conversation)
 
 
 def made_up(config):
@@ -101,15 +99,6 @@ def made_up(config):
     draw = np.random.default_rng(config.seed)
     lengths = draw.integers(8, 40, config.conversations)
     return [(draw.integers(3, TOY["vocab_size"], n), np.arange(n) >= n - n // 3) for n in lengths]
-
-
-def make_model(config, folder):
-    """A Hugging Face folder of random weights, from which every loop starts."""
-    import transformers
-
-    torch.manual_seed(config.seed)
-    shape = transformers.LlamaConfig(**(TOY if config.toy else REAL), **HEADS)
-    transformers.LlamaForCausalLM(shape).save_pretrained(folder)
 
 
 class OurLoop:
@@ -171,19 +160,6 @@ class TheirLoop:
         return total
 
 
-def pad(documents):
-    """input_ids, attention_mask and labels (rows, longest) of some conversations."""
-    shape = len(documents), max(len(ids) for ids, _ in documents)
-    input_ids, mask = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    labels = np.full(shape, -100)
-    for row, (ids, trained) in enumerate(documents):
-        n = len(ids)
-        input_ids[row, :n], mask[row, :n] = ids, 1
-        labels[row, :n] = np.where(trained, ids, -100)
-    arrays = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
 class Products:
     """The matrix products of `OurLoop`'s updates, with the same sizes and nothing around them."""
 
@@ -226,44 +202,18 @@ class Products:
         torch.mm(dy.T, x, out=self.gradients[n_in, n_out])
 
 
-# The last three by name of the loop; CPU seconds are those of all threads.
-Update = namedtuple("Update", "members seconds cpu_seconds losses")
-
-
 def measure(config, documents, loops):
-    """One `Update` after another: each loop does it in turn, and another one begins each time."""
+    """One `Update` after another."""
     total, updates = len(documents) // config.batch_size, []
-    names = list(loops)
     for step in range(total):
         _, members = update_members(len(documents), config.batch_size, config.seed, step)
-        chosen = [documents[i] for i in members]
         lr = learning_rate(step, total, config.lr, config.warmup_ratio)
-        update = Update(members, {}, {}, {})
-        for name in names[step % len(names) :] + names[: step % len(names)]:
-            started, cpu_started = time.perf_counter(), time.process_time()
-            update.losses[name] = loops[name].update(chosen, lr)
-            update.seconds[name] = time.perf_counter() - started
-            update.cpu_seconds[name] = time.process_time() - cpu_started
-        updates.append(update)
+        chosen = [documents[i] for i in members]
+        updates.append(take_turns(loops, step, members, chosen, lr))
     return updates
 
 
 # ---- Figures
-
-
-def padded_flops(shape, lengths, rows):
-    """FLOPs of forward and backward over padded batches, as transformers does them.
-
-    As `model_flops`, but of every position of the padded rectangle, the head at all of them, and
-    attention over the whole square of a row: with a padding mask none of it is left out.
-    """
-    flops = 0
-    for i in range(0, len(lengths), rows):
-        batch = lengths[i : i + rows]
-        n = int(max(batch))
-        upper = 6 * n * n * shape.num_attention_heads * shape.head_dim
-        flops += len(batch) * (model_flops(shape, [n], n) + shape.num_hidden_layers * upper)
-    return flops
 
 
 def loop_flops(name, shape, lengths, trained):
@@ -276,68 +226,19 @@ def loop_flops(name, shape, lengths, trained):
 
 
 def summarise(documents, shape, updates):
-    """The figures: rates are over all updates but the first, which warms up; ratios are medians."""
-    timed = updates[1:] or updates
-    lengths = [[len(documents[i][0]) for i in update.members] for update in timed]
-    trained = [sum(np.count_nonzero(documents[i][1]) for i in u.members) for u in timed]
-    loops = {}
-    for name in updates[0].seconds:
-        seconds = sum(update.seconds[name] for update in timed)
-        work = zip(lengths, trained, strict=True)
-        flops = sum(loop_flops(name, shape, ns, n) for ns, n in work)
-        loops[name] = {
-            "trained_tokens_per_second": sum(trained) / seconds,
-            "updates_per_second": len(timed) / seconds,
-            "gflop_per_update": flops / len(timed) / 1e9,
-            "gflop_per_second": flops / seconds / 1e9,
-            "time_to_ours": median_ratio([u.seconds for u in timed], name),
-            "cpu_time_to_ours": median_ratio([u.cpu_seconds for u in timed], name),
-            "seconds": [round(update.seconds[name], 4) for update in updates],
-            "cpu_seconds": [round(update.cpu_seconds[name], 4) for update in updates],
-            "losses": [update.losses[name] for update in updates],
-        }
-    theirs = [name for name in loops if name.startswith("transformers")]
-    better = min(theirs, key=lambda name: loops[name]["time_to_ours"])
-    pairs = [(u.losses[name], u.losses["ours"]) for u in updates for name in theirs]
+    """The figures of all loops, and the tokens that they are of."""
+
+    def tokens(members):
+        return [len(documents[i][0]) for i in members]
+
+    def trained(members):
+        return sum(int(np.count_nonzero(documents[i][1])) for i in members)
+
+    def flops(name, members):
+        return loop_flops(name, shape, tokens(members), trained(members))
+
     return {
-        "updates": len(updates),
-        "tokens": sum(map(sum, lengths)),
-        "trained_tokens": int(sum(trained)),
-        "better": better,
-        "speed_up": loops[better]["time_to_ours"],
-        "cpu_speed_up": min(loops[name]["cpu_time_to_ours"] for name in theirs),
-        "arithmetic": loops[better]["gflop_per_update"] / loops["ours"]["gflop_per_update"],
-        "largest_loss_difference": max(abs(a - b) / b for a, b in pairs),
-        "loops": loops,
+        "tokens": sum(sum(tokens(update.members)) for update in updates),
+        "trained_tokens": sum(trained(update.members) for update in updates),
+        **figures(updates, flops, "trained_tokens", trained, warm_up=1),
     }
-
-
-def median_ratio(times, name):
-    """Median over the updates of a loop's time to ours."""
-    return statistics.median(update[name] / update["ours"] for update in times)
-
-
-def show(config, figures):
-    """Print the table and what explains it."""
-    columns = ("trained/s", "updates/s", "GFLOP", "GFLOP/s", "time", "CPU time")
-    print(f"{figures['updates']} updates of {config.batch_size}".ljust(42), end="")
-    print("".join(f"{column:>10}" for column in columns))
-    for name, f in figures["loops"].items():
-        name = name.replace("transformers, ", "transformers, padded to the longest of ")
-        print(
-            f"{name:42}{f['trained_tokens_per_second']:10,.0f}{f['updates_per_second']:10.3f}"
-            f"{f['gflop_per_update']:10,.0f}{f['gflop_per_second']:10.1f}"
-            f"{f['time_to_ours']:10.2f}{f['cpu_time_to_ours']:10.2f}"
-        )
-    speed_up, arithmetic = figures["speed_up"], figures["arithmetic"]
-    products, losses = (figures["loops"][name] for name in ("its products", "ours"))
-    losses = losses["losses"]
-    print(
-        f"{speed_up:.2f} times the better one ({figures['cpu_speed_up']:.2f} by CPU time): it does "
-        f"{arithmetic:.2f} times our arithmetic, {np.log(arithmetic) / np.log(speed_up):.0%} of "
-        f"that factor's logarithm.\n"
-        f"Our matrix products alone take {products['time_to_ours']:.0%} of our time "
-        f"({products['cpu_time_to_ours']:.0%} of CPU time).\n"
-        f"Losses from {losses[0]:.4f} to {losses[-1]:.4f}, at most "
-        f"{figures['largest_loss_difference']:.1e} of them apart."
-    )

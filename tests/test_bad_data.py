@@ -196,7 +196,7 @@ def test_a_path_given_twice_counts_twice(base, conversations):
 # ---- The whole program
 
 
-def run_program(launcher, *flags, program=SFT):
+def run_to_the_end(launcher, *flags, program=SFT):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*launcher, str(program), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
@@ -210,7 +210,7 @@ def test_error_line_and_exit_status(base, tmp_path):
     for program in (SFT, SFT.with_name("data.py")):
         extra = [] if program == SFT else flags[-2:]
         given = [flag for flag in flags if flag not in extra]
-        done = run_program([sys.executable], *given, program=program)
+        done = run_to_the_end([sys.executable], *given, program=program)
         assert done.returncode == 2
         assert done.stdout == ""
         lines = done.stderr.strip().splitlines()
@@ -219,13 +219,25 @@ def test_error_line_and_exit_status(base, tmp_path):
     assert listing(tmp_path) == [path]
 
 
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 def test_error_line_under_torchrun(base, tmp_path):
     """Two ranks meet the same error: the line stands there once, and torchrun fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc_per_node", "2"]
     flags = ["--model", base, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"]
-    done = run_program(launcher, *flags)
+    done = run_to_the_end(TWO_RANKS, *flags)
     assert done.returncode != 0
     assert done.stderr.count("error: ") == 1, done.stderr
     assert f"error: {tmp_path / 'none.jsonl'}: no such file or folder\n" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_error_of_one_rank_under_torchrun(base, preferences, tmp_path):
+    """Rank 0 alone looks at the output folder; the other, left waiting for it, has no say."""
+    (tmp_path / "config.json").write_text("{}")
+    flags = ["--model", base, "--data", preferences, "--out", tmp_path]
+    done = run_to_the_end(TWO_RANKS, *flags, program=SFT.with_name("dpo.py"))
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert f"error: --out {tmp_path}: holds a finished run" in done.stderr
+    assert "[rank1]" not in done.stderr, done.stderr  # torch puts this before a rank's traceback

@@ -236,9 +236,9 @@ def test_dpo_rehearsal(base, sums, tmp_path):
     """`bench.py dpo --toy` trains all loops to the same losses and writes what it measured."""
     path = tmp_path / "dpo.json"
     flags = ["--toy", "--data", sums, "--tokenizer", base, "--batch-size", 8, "--out", path]
-    figures = dpo.main([*map(str, flags), "--micro-tokens", "300"])
+    dpo.main([*map(str, flags), "--micro-tokens", "300"])
     results = json.loads(path.read_text())
-    assert results["speed_up"] == figures["speed_up"] > 0 and results["updates"] == 2
+    assert results["speed_up"] > 0 and results["updates"] == 2
     assert results["largest_loss_difference"] < dpo.LOSS_TOLERANCE
     assert {"ours", "transformers, 4", "transformers, 16"} <= results["loops"].keys()
     for loop in results["loops"].values():

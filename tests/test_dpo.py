@@ -136,7 +136,8 @@ def test_a_batch_equals_trls(base, preferences, tmp_path):
     On the same tokens, with its own reference, after the same change to both models' weights.
     """
     pytest.importorskip("trl")
-    from benchmarks.dpo import DPOBenchConfig, trl_trainer
+    from benchmarks.dpo import DPOBenchConfig
+    from benchmarks.trl_trainer import trl_trainer
 
     documents = Documents([preferences], base, 200, encode_pair, per_record=2)
     config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)

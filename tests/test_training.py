@@ -185,10 +185,10 @@ def test_defaults_are_tulu_2s():
 
 def test_flags_are_read():
     """Dashes for underscores, the field's type, several paths, and --no- for what is on or off."""
-    argv = "--model m --data a b.jsonl --batch-size 7 --lr 1e-4 --compile --no-recompute".split()
-    assert parse_args(SFTConfig, argv) == {
+    argv = "--model m --data a b.jsonl --data c --batch-size 7 --lr 1e-4 --compile --no-recompute"
+    assert parse_args(SFTConfig, argv.split()) == {
         "model": "m",
-        "data": ["a", "b.jsonl"],
+        "data": ["a", "b.jsonl", "c"],
         "batch_size": 7,
         "lr": 1e-4,
         "compile": True,
