@@ -139,6 +139,18 @@ def identical_answers(documents):
     return sum(np.array_equal(documents[2 * i][0], documents[2 * i + 1][0]) for i in pairs)
 
 
+def print_counts(documents, config):
+    """What the data are, with a warning where they do not make up an update."""
+    print(documents.summary())
+    print(f"{identical_answers(documents):,} pairs of identical answers")
+    if documents.records < config.batch_size:
+        print(
+            f"warning: {documents.records:,} pairs are fewer than --batch-size "
+            f"{config.batch_size:,}; an update takes them all, one an epoch",
+            file=sys.stderr,
+        )
+
+
 def main(flags):
     rank, world, device = start()
     say = print if rank == 0 else lambda *_: None
@@ -172,6 +184,8 @@ def main(flags):
         check_output(out, run, model, config.save_every)  # again: what the lock's last holder left
 
     pair_lengths = documents.record_lengths  # (n,) tokens of both documents
+    if rank == 0:
+        print_counts(documents, config)
     per_epoch, total = update_count(len(pair_lengths), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
     shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
@@ -184,14 +198,6 @@ def main(flags):
         record = {"event": "start", "config": dataclasses.asdict(config)}
         record |= {"environment": environment(device, world), "run": run}
         start_records(metrics, first, record)
-    say(documents.summary())
-    say(f"{identical_answers(documents):,} pairs of identical answers")
-    if rank == 0 and len(pair_lengths) < config.batch_size:
-        print(
-            f"warning: {len(pair_lengths):,} pairs are fewer than --batch-size "
-            f"{config.batch_size:,}; an update takes them all, one an epoch",
-            file=sys.stderr,
-        )
     say(
         f"{total:,} updates of {config.batch_size} pairs, {per_epoch:,} an epoch"
         + (f", continued after {first:,}" if first else "")
