@@ -46,7 +46,7 @@ def reference_logps(model, documents, config, weights, device):
     The same code, packing and precision as the policy's. They are kept beside the data or, where
     that folder cannot be written, in the output folder, every thousand pairs: a computation that
     was cut short goes on, and a second run needs none. weights: `weights_key` of the model's
-    folder. Raises `RunError` on all ranks where one of them is not finite, or no disk takes them.
+    folder. Raises `RunError` where one of them is not finite, and on rank 0 if no disk takes them.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     lengths = documents.record_lengths  # (n,) tokens of a pair

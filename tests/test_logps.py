@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -165,12 +165,13 @@ def test_runs_that_write_at_once(tmp_path):
         for _ in range(20):
             write_reference([path], first + number)
 
-    writers = [threading.Thread(target=write, args=(number,)) for number in (1, 2)]
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(write, number) for number in (1, 2)]
+        while not all(writer.done() for writer in writers):
+            found = read_reference([path], None)
+            assert found is not None and (found == found[0, 0]).all()
     for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        found = read_reference([path], None)
-        assert found is not None and (found == found[0, 0]).all()
+        writer.result()
     assert list(tmp_path.iterdir()) == [path]
 
 
