@@ -18,7 +18,17 @@ import json
 import statistics
 
 from errors import InputError
-from evals.harness import ask, checked, finishes, model_name, need, read_json, result, write_outputs
+from evals.harness import (
+    ask,
+    checked,
+    finishes,
+    model_name,
+    need,
+    read_json,
+    record_of,
+    result,
+    write_outputs,
+)
 from sampling import Sampling
 
 FIELDS = ("instruction", "dataset")
@@ -63,8 +73,7 @@ def evaluate(generator, records, folder, options):
         answers = generator.generate(prompts, SAMPLING, advance=records.advance)
         records.add(
             [
-                {"id": item["id"], "prompt": generator.tokenizer.visible(ids),
-                 "completion": answer.text, "finish": answer.finish, **score(item, answer.text)}
+                record_of(generator.tokenizer, item, ids, answer) | score(item, answer.text)
                 for item, ids, answer in zip(own, prompts, answers, strict=True)
             ]
         )  # fmt: skip

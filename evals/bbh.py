@@ -27,6 +27,7 @@ from evals.harness import (
     need,
     read_json,
     read_text,
+    record_of,
     result,
     sample,
 )
@@ -114,8 +115,9 @@ def evaluate(generator, records, folder, options):
         answers = generator.generate([ids for ids, _ in asked], sampling, advance=records.advance)
         records.add(
             [
-                {"id": item["id"], "prompt": tokenizer.visible(ids), "examples_left_out": left_out,
-                 "completion": answer.text, "finish": answer.finish, **score(item, answer.text)}
+                record_of(tokenizer, item, ids, answer)
+                | {"examples_left_out": left_out}
+                | score(item, answer.text)
                 for item, (ids, left_out), answer in zip(own, asked, answers, strict=True)
             ]
         )  # fmt: skip

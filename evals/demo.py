@@ -5,7 +5,7 @@ whole sentences, the form that the demo's preference pairs like better.
 """
 
 from demo import LONGEST_ANSWER, prefers, solves
-from evals.harness import finishes, mean_and_error, need, read_jsonl, result
+from evals.harness import finishes, mean_and_error, need, read_jsonl, record_of, result
 from sampling import Sampling
 
 SAMPLING = Sampling(max_new_tokens=LONGEST_ANSWER)
@@ -30,8 +30,7 @@ def evaluate(generator, records, folder, options):
         answers = generator.generate(prompts, SAMPLING)
         records.add(
             [
-                {"id": item["id"], "prompt": generator.tokenizer.visible(ids),
-                 "completion": answer.text, "finish": answer.finish, **score(item, answer.text)}
+                record_of(generator.tokenizer, item, ids, answer) | score(item, answer.text)
                 for item, ids, answer in zip(own, prompts, answers, strict=True)
             ]
         )  # fmt: skip

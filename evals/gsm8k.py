@@ -21,6 +21,7 @@ from evals.harness import (
     mean_and_error,
     need,
     read_jsonl,
+    record_of,
     result,
     sample,
 )
@@ -88,8 +89,9 @@ def evaluate(generator, records, folder, options):
         answers = generator.generate([ids for ids, _ in asked], sampling, advance=records.advance)
         records.add(
             [
-                {"id": item["id"], "prompt": tokenizer.visible(ids), "examples_left_out": left_out,
-                 "completion": answer.text, "finish": answer.finish, **score(item, answer.text)}
+                record_of(tokenizer, item, ids, answer)
+                | {"examples_left_out": left_out}
+                | score(item, answer.text)
                 for item, (ids, left_out), answer in zip(own, asked, answers, strict=True)
             ]
         )  # fmt: skip

@@ -248,6 +248,12 @@ def finishes(records):
     return {name: found.count(name) for name in sorted(set(found))}
 
 
+def record_of(tokenizer, item, ids, completion):
+    """What every record of an answer holds: the prompt as text, the answer, and why it ended."""
+    return {"id": item["id"], "prompt": tokenizer.visible(ids),
+            "completion": completion.text, "finish": completion.finish}  # fmt: skip
+
+
 def is_main():
     """Whether this process is rank 0, which writes."""
     return int(os.environ.get("RANK", 0)) == 0

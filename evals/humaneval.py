@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from errors import InputError
 from evals import sandbox
-from evals.harness import finishes, mean_and_error, need, read_jsonl, result, seed_of
+from evals.harness import finishes, mean_and_error, need, read_jsonl, record_of, result, seed_of
 from sampling import Sampling
 
 SAMPLES = 20  # of each problem
@@ -86,13 +86,12 @@ def evaluate(generator, records, folder, options):
             verdicts = pool.map(score, own, [answer.text for answer in answers])
             records.add(
                 [
-                    {"id": item["id"], "prompt": generator.tokenizer.visible(ids),
-                     "completion": answer.text, "finish": answer.finish, **verdict}
+                    record_of(generator.tokenizer, item, ids, answer) | verdict
                     for item, ids, answer, verdict in zip(
                         own, prompts, answers, verdicts, strict=True
                     )
                 ]
-            )  # fmt: skip
+            )
     found = records.of(items)
     passed = {}  # task_id → how many of its samples
     for item, record in zip(items, found, strict=True):

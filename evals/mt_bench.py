@@ -27,6 +27,7 @@ from evals.harness import (
     model_name,
     need,
     read_jsonl,
+    record_of,
     result,
     seed_of,
     write_outputs,
@@ -119,13 +120,8 @@ def answered(generator, records, own, before, options):
         seeds = [seed_of(own[i]) for i in part]
         answers = generator.generate(prompts, sampling, seeds, records.advance)
         for i, ids, answer in zip(part, prompts, answers, strict=True):
-            found[i] = {
-                "id": own[i]["id"],
-                "prompt": tokenizer.visible(ids),
-                "completion": answer.text,
-                "finish": answer.finish,
-                **score(own[i], answer.text),
-            }
+            record = record_of(tokenizer, own[i], ids, answer)
+            found[i] = record | score(own[i], answer.text)
     return [found[i] for i in range(len(own))]
 
 

@@ -18,7 +18,7 @@ files; ours is drawn from each file alone.
 """
 
 from errors import InputError
-from evals.harness import ask, finishes, json_lines, need, result, sample, write_outputs
+from evals.harness import ask, finishes, json_lines, need, record_of, result, sample, write_outputs
 from sampling import Sampling
 
 GROUPS = (
@@ -80,8 +80,7 @@ def evaluate(generator, records, folder, options):
         answers = generator.generate(prompts, sampling, advance=records.advance)
         records.add(
             [
-                {"id": item["id"], "prompt": generator.tokenizer.visible(ids),
-                 "completion": answer.text, "finish": answer.finish, **score(item, answer.text)}
+                record_of(generator.tokenizer, item, ids, answer) | score(item, answer.text)
                 for item, ids, answer in zip(own, prompts, answers, strict=True)
             ]
         )  # fmt: skip

@@ -39,6 +39,7 @@ from evals.harness import (
     model_name,
     need,
     read_csv,
+    record_of,
     result,
     write_outputs,
 )  # fmt: skip
@@ -142,14 +143,13 @@ def evaluate(generator, records, folder, options):
         logps = generator.option_logps(prompts, choices)
         records.add(
             [
-                {"id": item["id"], "prompt": generator.tokenizer.visible(ids),
-                 "completion": completion.text, "finish": completion.finish,
-                 **score(item, completion.text, own_logps)}
+                record_of(generator.tokenizer, item, ids, completion)
+                | score(item, completion.text, own_logps)
                 for item, ids, completion, own_logps in zip(
                     own, prompts, completions, logps, strict=True
                 )
             ]
-        )  # fmt: skip
+        )
     found = records.of(items)
     name = model_name(generator)
     path = write_outputs(records, "truthfulqa.csv", table(items, found, name))
