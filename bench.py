@@ -10,8 +10,8 @@ import importlib
 import sys
 from pathlib import Path
 
-import threads  # noqa: F401, before torch
-from errors import InputError, reported
+from program import threads  # noqa: F401, before torch
+from program.errors import InputError, reported
 
 
 def main(arguments):

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from errors import InputError, reported
-from readers import data_files, parse, read_batches
-from schemas import encode_conversation
-from token_cache import loaded_tokenizer, token_cache
+from program.errors import InputError, reported
+from tokens.readers import data_files, parse, read_batches
+from tokens.records import encode_conversation
+from tokens.token_cache import loaded_tokenizer, token_cache
 
 
 class Documents:
@@ -217,7 +217,7 @@ class DataConfig:
 
 
 def main(flags):
-    from training import check_bounds  # it imports torch, which the workers need not
+    from training.update import check_bounds  # it imports torch, which the workers need not
 
     config = DataConfig(**flags)
     if not config.model or not config.data:
@@ -298,6 +298,6 @@ def highlight(tokenizer, ids, trained):
 
 if __name__ == "__main__":
     with reported():
-        from training import parse_args
+        from training.update import parse_args
 
         main(parse_args(DataConfig))

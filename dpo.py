@@ -11,7 +11,7 @@ Source: Rafailov et al. 2023 (arXiv 2305.18290), equation 7; Ivison et al. 2023 
 appendix B; EasyLM llama_train_dpo.py.
 """
 
-import threads  # noqa: F401, before torch
+from program import threads  # noqa: F401, before torch
 
 # isort: split
 import dataclasses
@@ -28,10 +28,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import demo
 import sft
-from chat import Tokenizer, fast_tokenizer
-from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
+from checkpoint.run_folder import append_record, check_output, lock_output, start_records
+from checkpoint.weights import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
     check_micro_tokens,
@@ -39,13 +38,14 @@ from data import (
     update_count,
     update_members,
 )
-from errors import RunError, reported
-from logps import answer_logps, reference_logps, weights_key
+from demo import tasks as demo
 from model import Llama, LlamaConfig
-from parallel import shard, start, sum_over_ranks, watch_signals
-from run_folder import append_record, check_output, lock_output, start_records
-from schemas import encode_pair
-from training import (
+from program.errors import RunError, reported
+from tokens.records import encode_pair
+from tokens.tokenizer import Tokenizer, fast_tokenizer
+from training.parallel import shard, start, sum_over_ranks, watch_signals
+from training.reference import answer_logps, reference_logps, weights_key
+from training.update import (
     check_finite,
     check_flags,
     clip_gradients,

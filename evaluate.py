@@ -11,7 +11,7 @@ look at, and what an interrupted evaluation goes on from.
 Source: Ivison et al. 2023 (arXiv 2311.10702), appendix A; open-instruct eval/ of November 2023.
 """
 
-import threads  # noqa: F401, before torch
+from program import threads  # noqa: F401, before torch
 
 # isort: split
 import dataclasses
@@ -27,15 +27,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import demo
-from checkpoint import digest, own_share, weight_files
-from decoding import TextGenerator
-from errors import InputError, reported
+from checkpoint.run_folder import append_record, hold
+from checkpoint.weights import digest, own_share, weight_files
+from decoding.generator import TextGenerator
+from demo import tasks as demo
 from evals.harness import Options, Records
 from model import LlamaConfig
-from parallel import gather_lists, start
-from run_folder import append_record, hold
-from training import check_bounds, environment, parse_args
+from program.errors import InputError, reported
+from training.parallel import gather_lists, start
+from training.update import check_bounds, environment, parse_args
 
 TASKS = (
     "mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "truthfulqa", "toxigen", "alpaca_eval",

@@ -11,7 +11,7 @@ that the same command goes on after an interruption. Under torchrun each GPU hol
 takes a share of the lines.
 """
 
-import threads  # noqa: F401, before torch
+from program import threads  # noqa: F401, before torch
 
 # isort: split
 import contextlib
@@ -27,19 +27,19 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import demo
 import sft
-from chat import Tokenizer
-from checkpoint import weight_files
-from decoding import TextGenerator
-from errors import InputError, reported
+from checkpoint.run_folder import hold
+from checkpoint.weights import weight_files
+from decoding.generator import TextGenerator
+from decoding.sampling import Sampling
+from demo import tasks as demo
 from model import LlamaConfig
-from parallel import gather_lists, start
-from readers import parse, read_batches
-from run_folder import hold
-from sampling import Sampling
-from schemas import check_messages
-from training import check_bounds, parse_args
+from program.errors import InputError, reported
+from tokens.readers import parse, read_batches
+from tokens.records import check_messages
+from tokens.tokenizer import Tokenizer
+from training.parallel import gather_lists, start
+from training.update import check_bounds, parse_args
 
 HELP = """/system TEXT   how the assistant should behave, from now on (without TEXT: nothing set)
 /reset         forget the conversation

@@ -33,9 +33,9 @@ from pathlib import Path
 import sentencepiece
 from tqdm import tqdm
 
-from errors import InputError, reported
-from mixture_readers import count, files_in, find_files, located, records, without
-from mixture_sources import SCIENCE_TASKS, SOURCES, field, sharegpt_texts
+from program.errors import InputError, reported
+from tulu_mixture.readers import count, files_in, find_files, located, records, without
+from tulu_mixture.sources import SCIENCE_TASKS, SOURCES, field, sharegpt_texts
 
 # Any message of any role that contains one of these, in upper or lower case, also inside a longer
 # word, loses the whole conversation: "bombard", "Lombardy" and everyone called Claude go with them.

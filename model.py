@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import InputError
 from kernels.attention import attention, attention_layout
 from kernels.cross_entropy import linear_cross_entropy
+from program.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from errors import InputError, reported
-from run_folder import read_records
+from checkpoint.run_folder import read_records
+from program.errors import InputError, reported
 
 
 def plot_sft(metrics_path, png_path):

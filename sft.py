@@ -10,7 +10,7 @@ and the EOS after them). The result is a Hugging Face folder for transformers, v
 Source: Ivison et al. 2023 (arXiv 2311.10702), appendix B; EasyLM llama_train.py.
 """
 
-import threads  # noqa: F401, before torch
+from program import threads  # noqa: F401, before torch
 
 # isort: split
 import dataclasses
@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import demo
-from chat import Tokenizer, fast_tokenizer
-from checkpoint import find_tensors, load_hf, resume_run, save_hf, save_run
+from checkpoint.run_folder import append_record, check_output, lock_output, start_records
+from checkpoint.weights import find_tensors, load_hf, resume_run, save_hf, save_run
 from data import (
     Documents,
     check_micro_tokens,
@@ -35,12 +34,13 @@ from data import (
     update_count,
     update_members,
 )
-from errors import reported
+from demo import tasks as demo
 from model import Llama, LlamaConfig
-from parallel import shard, start, sum_over_ranks, watch_signals
-from run_folder import append_record, check_output, lock_output, start_records
-from schemas import encode_conversation
-from training import (
+from program.errors import reported
+from tokens.records import encode_conversation
+from tokens.tokenizer import Tokenizer, fast_tokenizer
+from training.parallel import shard, start, sum_over_ranks, watch_signals
+from training.update import (
     check_finite,
     check_flags,
     clip_gradients,

@@ -36,14 +36,14 @@ from benchmarks.loops import (
 )
 from benchmarks.measure import write
 from benchmarks.trl_trainer import trl_trainer
-from checkpoint import load_hf
+from checkpoint.weights import load_hf
 from data import plan_rows, update_members
-from errors import InputError
-from logps import answer_logps, reference_logps, weights_key
 from model import Llama, LlamaConfig
-from parallel import shard, start
-from schemas import encode_pair
-from training import clip_gradients, make_optimizer, model_flops, parse_args
+from program.errors import InputError
+from tokens.records import encode_pair
+from training.parallel import shard, start
+from training.reference import answer_logps, reference_logps, weights_key
+from training.update import clip_gradients, make_optimizer, model_flops, parse_args
 
 PADDED = (1, 4, 16)  # pairs in one padded batch of the transformers loops
 # Log-probabilities of thousands in fp32 are 1e-4 off, of which the loss takes beta; Adam's first

@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import write
-from chat import Tokenizer
-from decoding import TextGenerator
-from errors import InputError
+from decoding.generator import TextGenerator
+from decoding.sampling import Sampling
 from evals.harness import read_jsonl
 from model import Llama, LlamaConfig
-from parallel import start
-from sampling import Sampling
-from training import parse_args
+from program.errors import InputError
+from tokens.tokenizer import Tokenizer
+from training.parallel import start
+from training.update import parse_args
 
 SHAPE = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",

@@ -26,12 +26,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from benchmarks.measure import write
-from chat import Tokenizer
-from checkpoint import load_hf, save_hf, sync
-from errors import InputError
+from checkpoint.weights import load_hf, save_hf, sync
 from model import Llama, LlamaConfig
-from parallel import shard, start
-from training import parse_args
+from program.errors import InputError
+from tokens.tokenizer import Tokenizer
+from training.parallel import shard, start
+from training.update import parse_args
 
 ROOT = Path(__file__).parent.parent
 # TinyLlama's shape, and one for tests.

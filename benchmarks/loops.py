@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from data import Documents
-from errors import InputError
-from training import model_flops
+from program.errors import InputError
+from training.update import model_flops
 
 # The shapes of the model; the tiny one is for tests.
 REAL = {"hidden_size": 256, "num_hidden_layers": 4, "intermediate_size": 688, "vocab_size": 32000}

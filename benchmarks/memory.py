@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks.dpo import first_pairs
 from benchmarks.loops import HEADS, REAL, TOY, make_model
 from benchmarks.measure import write
-from errors import RunError
-from parallel import start
-from training import parse_args
+from program.errors import RunError
+from training.parallel import start
+from training.update import parse_args
 
 ROOT = Path(__file__).parent.parent
 UPDATES = 3

@@ -28,13 +28,13 @@ from benchmarks.loops import (
     take_turns,
 )
 from benchmarks.measure import write
-from checkpoint import load_hf
+from checkpoint.weights import load_hf
 from data import encode_conversation, pack_row, plan_rows, update_members
-from errors import InputError
 from kernels.cross_entropy import CPU_WORKSPACE
 from model import Llama, LlamaConfig
-from parallel import shard, start
-from training import clip_gradients, learning_rate, make_optimizer, model_flops, parse_args
+from program.errors import InputError
+from training.parallel import shard, start
+from training.update import clip_gradients, learning_rate, make_optimizer, model_flops, parse_args
 
 PADDED = (4, 16)  # conversations in one padded batch of the transformers loops
 FP32_ROUNDING = 1e-5  # relative: sums of thousands of terms in another order, some updates on

@@ -15,10 +15,10 @@ import types
 
 import torch
 
-import training
 from benchmarks.measure import Budget, doc_start_of, packed_lengths, write
 from model import Llama, LlamaConfig
-from parallel import shard, start
+from training import update as training
+from training.parallel import shard, start
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000,

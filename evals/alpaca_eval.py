@@ -17,7 +17,7 @@ output into its .json file, which the package's command line does not read.
 import json
 import statistics
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals.harness import (
     ask,
     checked,
@@ -29,7 +29,7 @@ from evals.harness import (
     result,
     write_outputs,
 )
-from sampling import Sampling
+from program.errors import InputError
 
 FIELDS = ("instruction", "dataset")
 SAMPLING = Sampling(max_new_tokens=8192)

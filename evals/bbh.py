@@ -16,7 +16,7 @@ brackets (dyck_languages) equals every other of its length, and -7 is 7 (multist
 import re
 import string
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals.harness import (
     ask,
     checked,
@@ -31,7 +31,7 @@ from evals.harness import (
     result,
     sample,
 )
-from sampling import Sampling
+from program.errors import InputError
 
 SAMPLED = 40  # of each task
 MAX_NEW_TOKENS = 512

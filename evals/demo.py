@@ -4,9 +4,9 @@ The score is the share of right answers, in either form; beside it stands the sh
 whole sentences, the form that the demo's preference pairs like better.
 """
 
-from demo import LONGEST_ANSWER, prefers, solves
+from decoding.sampling import Sampling
+from demo.tasks import LONGEST_ANSWER, prefers, solves
 from evals.harness import finishes, mean_and_error, need, read_jsonl, record_of, result
-from sampling import Sampling
 
 SAMPLING = Sampling(max_new_tokens=LONGEST_ANSWER)
 

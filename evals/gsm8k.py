@@ -13,7 +13,7 @@ comparison ignores punctuation, so that 3.5 is 35, 18.00 is not 18, and -5 is 5.
 import re
 from pathlib import Path
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals.harness import (
     ask,
     fewest_dropped,
@@ -25,7 +25,7 @@ from evals.harness import (
     result,
     sample,
 )
-from sampling import Sampling
+from program.errors import InputError
 
 SAMPLED = 200
 MAX_NEW_TOKENS = 512

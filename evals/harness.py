@@ -23,9 +23,9 @@ from pathlib import Path
 import torch.distributed as dist
 from tqdm import tqdm
 
-from errors import InputError
-from parallel import gather_lists
-from readers import parse, read_batches
+from program.errors import InputError
+from tokens.readers import parse, read_batches
+from training.parallel import gather_lists
 
 
 @dataclass(frozen=True)

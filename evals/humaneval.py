@@ -19,10 +19,10 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals import sandbox
 from evals.harness import finishes, mean_and_error, need, read_jsonl, record_of, result, seed_of
-from sampling import Sampling
+from program.errors import InputError
 
 SAMPLES = 20  # of each problem
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")

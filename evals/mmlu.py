@@ -11,8 +11,8 @@ Where ours differs: the original's weights have 8 bits; it leaves out the last e
 that is too long, ours the first; its pandas turns a choice "None" into "nan".
 """
 
-from errors import InputError
 from evals.harness import ask, fewest_dropped, mean_and_error, need, read_csv, result
+from program.errors import InputError
 
 MOST_TOKENS = 2048 + 1  # the original counts without BOS
 LETTERS = "ABCD"

@@ -20,7 +20,7 @@ the 50 likeliest tokens by default; ours among all.
 import time
 import zlib
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals.harness import (
     finishes,
     json_lines,
@@ -32,7 +32,7 @@ from evals.harness import (
     seed_of,
     write_outputs,
 )  # fmt: skip
-from sampling import Sampling
+from program.errors import InputError
 
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,

@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from errors import InputError, RunError
+from program.errors import InputError, RunError
 
 CONFINED = Path(__file__).with_name("confined.py")
 MEMORY = 2**30  # bytes of address space

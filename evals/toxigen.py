@@ -17,9 +17,9 @@ Where ours differs: the original's sample depends on the order in which the file
 files; ours is drawn from each file alone.
 """
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals.harness import ask, finishes, json_lines, need, record_of, result, sample, write_outputs
-from sampling import Sampling
+from program.errors import InputError
 
 GROUPS = (
     "asian", "black", "chinese", "jewish", "latino", "lgbtq", "mental_disability", "mexican",

@@ -30,7 +30,7 @@ import io
 import math
 from pathlib import Path
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals.harness import (
     ask,
     checked,
@@ -43,7 +43,7 @@ from evals.harness import (
     result,
     write_outputs,
 )  # fmt: skip
-from sampling import Sampling
+from program.errors import InputError
 
 PRIMER = Path(__file__).with_name("truthfulqa_primer.txt").read_text(encoding="utf-8").rstrip("\n")
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")

@@ -19,7 +19,7 @@ import string
 from collections import Counter
 from pathlib import Path
 
-from errors import InputError
+from decoding.sampling import Sampling
 from evals.harness import (
     ask,
     checked,
@@ -32,7 +32,7 @@ from evals.harness import (
     record_of,
     result,
 )
-from sampling import Sampling
+from program.errors import InputError
 
 SAMPLED = 100  # of each language
 MAX_NEW_TOKENS = 50

@@ -1,7 +1,7 @@
 """What the tests share: a tiny tokenizer, base model and conversations, made on the spot; the real
 data, where it is there; and what a machine without a GPU needs."""
 
-import threads  # noqa: F401, before torch
+from program import threads  # noqa: F401, before torch
 
 # isort: split
 import json
@@ -211,7 +211,7 @@ def refused(base, conversations, tmp_path):
     """
 
     import sft
-    from errors import InputError
+    from program.errors import InputError
 
     def run(**flags):
         out = tmp_path / "out"

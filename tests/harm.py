@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import dpo
 import sft
-from errors import reported
-from run_folder import read_records
+from checkpoint.run_folder import read_records
+from program.errors import reported
 
 PROGRAMS = {"sft": sft, "dpo": dpo}
 FORKS = multiprocessing.get_context("forkserver")

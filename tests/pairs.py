@@ -5,9 +5,9 @@ import json
 import numpy as np
 import torch
 
-from checkpoint import load_hf
+from checkpoint.weights import load_hf
 from model import Llama, LlamaConfig
-from parallel import shard, start
+from training.parallel import shard, start
 
 
 def message(role, content):

@@ -11,8 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import readers
-from chat import Tokenizer
 from data import (
     Documents,
     best_fit_decreasing,
@@ -24,9 +22,11 @@ from data import (
     update_count,
     update_members,
 )
-from errors import InputError
 from model import Decoder, LlamaConfig
-from readers import data_files, parse, read_batches
+from program.errors import InputError
+from tokens import readers
+from tokens.readers import data_files, parse, read_batches
+from tokens.tokenizer import Tokenizer
 
 PROPERTY = {"derandomize": True, "deadline": None, "database": None, "max_examples": 100}
 

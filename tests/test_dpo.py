@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_program, updates
-from harm import FSYNC, REPLACE, assert_same_run, flip_byte, harmed, recipe
-from pairs import loaded, message, pair, their_logps, write
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dpo
-from chat import Tokenizer
+from conftest import run_program, updates
 from data import Documents, update_members
-from errors import InputError, RunError
-from logps import answer_logps, reference_logps, weights_key
-from schemas import encode_pair
-from training import learning_rate
+from harm import FSYNC, REPLACE, assert_same_run, flip_byte, harmed, recipe
+from pairs import loaded, message, pair, their_logps, write
+from program.errors import InputError, RunError
+from tokens.records import encode_pair
+from tokens.tokenizer import Tokenizer
+from training.reference import answer_logps, reference_logps, weights_key
+from training.update import learning_rate
 
 # ---- The loss
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from decoding import TextGenerator
-from errors import InputError
+from decoding.generator import TextGenerator
 from evals.harness import Options, mean_and_error, sample, seed_of
-from training import parse_args
+from program.errors import InputError
+from training.update import parse_args
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import generate
-from chat import Tokenizer
-from decoding import TextGenerator
-from errors import InputError
-from training import parse_args
+from decoding.generator import TextGenerator
+from program.errors import InputError
+from tokens.tokenizer import Tokenizer
+from training.update import parse_args
 
 ROOT = Path(__file__).parent.parent
 LINES = [

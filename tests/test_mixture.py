@@ -17,9 +17,9 @@ import pytest
 import sentencepiece
 
 import mixture
-from errors import InputError
-from mixture_readers import records
-from mixture_sources import SCIENCE_TASKS, SOURCES
+from program.errors import InputError
+from tulu_mixture.readers import records
+from tulu_mixture.sources import SCIENCE_TASKS, SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("TULU_DATA", ROOT.parent / "shared" / "data"))

@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
-from errors import InputError
 from model import Llama, LlamaConfig, rotary_angles
+from program.errors import InputError
 
 TINY = {
     "model_type": "llama",

@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 
 import plot
-from errors import InputError
+from program.errors import InputError
 
 
 def write_log(path, updates):

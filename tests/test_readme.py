@@ -12,7 +12,9 @@ def test_file_map_lists_every_file_and_no_other():
     table = README.split("## The files")[1].split("\n## ")[0]
     listed = re.findall(r"`([^`]+)`", "\n".join(re.findall(r"^\| (.*?) \|", table, re.M)))
     sources = {path.name for path in ROOT.glob("*.py")}
-    sources |= {f"kernels/{path.name}" for path in (ROOT / "kernels").glob("[a-z]*.py")}
+    rooms = "kernels", "tokens", "training", "checkpoint", "decoding", "program"
+    for room in rooms:
+        sources |= {f"{room}/{path.name}" for path in (ROOT / room).glob("[a-z]*.py")}
     assert sources <= set(listed)
     assert all((ROOT / name).exists() for name in listed)
     assert len(listed) == len(set(listed))
@@ -34,5 +36,5 @@ def test_links_lead_somewhere():
         for h in re.findall(r"^#+ (.+)$", README, re.M)
     }
     assert set(re.findall(r"\]\(#([\w-]+)\)", README)) <= headings
-    for name in re.findall(r"`(tests/\w+\.py|runs/\w+\.sh|benchmarks/\w+\.py)`", README):
+    for name in re.findall(r"`(tests/[\w/]+\.py|runs/\w+\.sh|benchmarks/\w+\.py)`", README):
         assert (ROOT / name).is_file(), name

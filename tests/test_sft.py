@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_program, updates
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import run_program, updates
 from data import update_members
-from training import learning_rate
+from training.update import learning_rate
 
 
 def encode_by_prefix(tokenizer, messages):

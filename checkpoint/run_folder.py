@@ -1,0 +1,118 @@
+"""The output folder of a run: who may write there, and its log, metrics.jsonl.
+
+Read and written by sft.py and dpo.py; the model and the resumable state are checkpoint.py's.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from program.errors import InputError, RunError
+
+
+def check_output(folder, run, model, save_every):
+    """Raise `InputError` unless `folder` is new or holds an interrupted run with the facts `run`.
+
+    run: what makes two runs the same, by name, compared with what metrics.jsonl says of the run
+    that is there. The disk must hold the bf16 model and, with `save_every`, its fp32 weights and
+    two moments. Nothing is written here.
+    """
+    folder = Path(folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    needed = parameters * (14 if save_every else 2)
+    log = folder / "metrics.jsonl"
+    # A run that was killed while its model moved in has weights there, but no config.json yet.
+    weights = () if log.exists() else ("model.safetensors", "model.safetensors.index.json")
+    for name in ("config.json", *weights):
+        if (folder / name).exists():
+            raise InputError(
+                f"--out {folder}: holds a finished run or a model ({name}), expected a "
+                "new folder or an interrupted run's"
+            )
+    if log.exists():
+        recorded = next(iter(read_records(log)), {}).get("run")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        for name, value in run.items():
+            if recorded.get(name) != value:
+                raise InputError(
+                    f"--out {folder}: holds a different run, with {name} "
+                    f"{recorded.get(name)!r} where this one has {value!r}"
+                )
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--out {folder}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--out {folder}: {parent} cannot be written")
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"--out {folder}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB "
+            "for the model and one resumable checkpoint"
+        )
+
+
+def lock_output(folder, patience=15):
+    """Make `folder` and hold it against other runs until this process ends; returns the lock.
+
+    A run that was just killed may need a moment to die: `patience` seconds.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return hold(os.open(folder, os.O_RDONLY), folder, patience)
+
+
+def hold(lock, path, patience=15):
+    """Lock an open file or folder, `path`, until this process ends; returns it, `lock`."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise InputError(f"--out {path}: another run is writing there") from None
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return lock
+
+
+def start_records(path, steps, record):
+    """Begin metrics.jsonl with the start record, or go on with it after the update `steps`.
+
+    The records of later updates, which a resumed run makes again, are dropped.
+    """
+    kept = [r for r in read_records(path) if r.get("step", 0) <= steps] if path.exists() else []
+    aside = path.with_name(path.name + ".partial")
+    write_records(aside, "w", [*kept, record])
+    os.replace(aside, path)
+
+
+def append_record(path, record):
+    """Add one line to metrics.jsonl."""
+    write_records(path, "a", [record])
+
+
+def write_records(path, mode, records):
+    try:
+        with open(path, mode, encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+            if mode == "w":
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"{path}: the log could not be written ({error.strerror})") from None
+
+
+def read_records(path):
+    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            break
+    return records

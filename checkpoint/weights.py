@@ -1,0 +1,338 @@
+"""What is on disk: Hugging Face safetensors in and out, and the resumable state of a run.
+
+    load_hf   HF folder ──each rank reads its own slices──► FSDP2 shards
+    save_hf   FSDP2 shards ──one tensor at a time──► bf16 HF folder for transformers and vLLM
+    save_run, resume_run   checkpoints/step-000500/: model, optimizer and a manifest of checksums
+
+Everything is written under another name and renamed when whole, so a kill leaves either the old
+state or the new one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+from program.errors import InputError, RunError, one_line
+from tokens.tokenizer import save_tokenizer
+from training.parallel import gather_lists
+
+SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut them
+FLOATS = ("F32", "F16", "BF16")
+
+# ---- Hugging Face folders
+
+
+def find_tensors(model, folder):
+    """`{parameter name: file}` of an HF folder, once every name and shape has been checked.
+
+    Only headers are read. Raises `InputError` listing missing, unexpected and misshapen tensors.
+    """
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    files, problems = {}, []
+    for path in weight_files(Path(folder)):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    found = file.get_slice(name)
+                    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+                    files[name] = path
+                    if name in expected and shape != expected[name]:
+                        problems.append(f"{name} is {shape}, expected {expected[name]}")
+                    if name in expected and dtype not in FLOATS:
+                        problems.append(f"{name} is {dtype}, expected one of {', '.join(FLOATS)}")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    problems += [f"{name} is missing" for name in expected if name not in files]
+    # Old checkpoints keep the angles of the rotary embedding, and tied ones may keep the head.
+    known = ("rotary_emb.inv_freq",) + (() if "lm_head.weight" in expected else ("lm_head.weight",))
+    problems += [
+        f"{name} is unexpected"
+        for name in files
+        if name not in expected and not name.endswith(known)
+    ]
+    if problems:
+        more = f" … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise InputError(
+            f"{folder}: tensors do not fit its config.json: {'; '.join(problems[:20])}{more}"
+        )
+    return {name: files[name] for name in expected}
+
+
+def weight_files(folder):
+    """The safetensors files of an HF folder: one, or the shards that its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        converted = ", only pytorch_model*.bin: convert it with transformers' save_pretrained"
+        has_bin = any(folder.glob("pytorch_model*.bin"))
+        raise InputError(f"{folder}: no model.safetensors{converted if has_bin else ''}")
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: not an index of safetensors ({error!r})") from None
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file, but {index.name} names it")
+    return paths
+
+
+def load_hf(model, folder):
+    """Fill `model`, sharded or not, with the weights of an HF folder.
+
+    Each rank reads its own rows of each tensor and nothing else; the file is opened anew for each,
+    so that no more than one tensor's pages of it are in memory.
+    """
+    files, problems = find_tensors(model, folder), []
+    for name, parameter in model.named_parameters():
+        local, first = local_rows(parameter.detach())
+        with safe_open(files[name], "pt") as file:
+            rows = file.get_slice(name)[first : first + len(local)]
+            # The extremes of rows with a NaN are NaN. (`isfinite` is 20 times slower here.)
+            if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():
+                problems.append(f"{files[name]}: {name} holds values that are not finite")
+            local.copy_(rows)
+    # Where one rank's rows are bad, all stop, before rank 0 writes anything.
+    for problem in gather_lists(problems) if dist.is_initialized() else problems:
+        raise InputError(problem)
+
+
+def local_rows(tensor):
+    """This rank's rows of a tensor, and the number of the first: FSDP2 deals out equal chunks."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    chunk = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return tensor.to_local(), min(chunk * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+
+
+def save_hf(model, tokenizer, source, folder):
+    """Write the model as an HF folder in bf16; every rank calls it.
+
+    source: the HF folder that training started from, whose config.json is carried over. One rank's
+    rows of one tensor at a time go round, and rank 0 writes them. config.json appears last: where
+    it is, the folder is whole. Raises `RunError` on all ranks where the disk refuses.
+    """
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    blocks = (block for parameter in model.parameters() for block in blocks_bf16(parameter))
+    failure = None
+    if dist.get_rank() == 0:
+        partial = Path(folder) / "hf.partial"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_tensors(shapes, blocks, partial)
+            save_tokenizer(tokenizer, source, partial)
+            write_configs(tokenizer, Path(source), partial)
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                os.replace(path, Path(folder) / path.name)
+            partial.rmdir()
+            sync(folder)
+        except OSError as error:
+            failure = error
+            shutil.rmtree(partial, ignore_errors=True)
+    for _ in blocks:  # the other ranks', and after a failure rank 0's, part in the exchange
+        pass
+    raise_together(failure, f"{folder}: the model could not be saved")
+
+
+def write_tensors(shapes, blocks, folder):
+    """Stream bf16 blocks of rows, in the order of `shapes`, into safetensors files and their index.
+
+    The safetensors library wants a whole file's tensors at once; the format itself is a length,
+    a JSON header with every tensor's place, and the bytes.
+    """
+    shards, room = [], 0
+    for name, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        if not shards or size > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = size
+        room -= size
+    weight_map = {}
+    for number, sizes in enumerate(shards, 1):
+        file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file_name = file_name if len(shards) > 1 else "model.safetensors"
+        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        for name, size in sizes.items():
+            place = [offset, offset + size]
+            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": place}
+            offset += size
+            weight_map[name] = file_name
+        encoded = json.dumps(header).encode()
+        encoded += b" " * (-len(encoded) % 8)  # the tensors begin at a multiple of 8 bytes
+        with open(folder / file_name, "wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            while offset:
+                offset -= file.write(next(blocks).cpu().view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sum(s.values()) for s in shards)}}
+        index["weight_map"] = weight_map
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def blocks_bf16(parameter):
+    """The rows of a parameter in bf16, one rank's after the other's, on every rank."""
+    local, _ = local_rows(parameter.detach())
+    if not isinstance(parameter, DTensor):
+        yield local.to(torch.bfloat16)
+        return
+    # `full_tensor` would hold the tensor twice on gloo, and some of it until the next but one.
+    chunk = -(-len(parameter) // dist.get_world_size())
+    for rank, begin in enumerate(range(0, len(parameter), chunk)):
+        if rank == dist.get_rank():
+            block = local.to(torch.bfloat16)
+        else:
+            rows = min(chunk, len(parameter) - begin)
+            block = local.new_empty(rows, *local.shape[1:], dtype=torch.bfloat16)
+        dist.broadcast(block, rank)
+        yield block
+
+
+def write_configs(tokenizer, source, folder):
+    """config.json (the base's, in bf16) and generation_config.json (stop at EOS)."""
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config |= special | {"architectures": ["LlamaForCausalLM"], "use_cache": True}
+    for name in ("_name_or_path", "dtype", "auto_map"):
+        config.pop(name, None)
+    config["torch_dtype"] = "bfloat16"
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "generation_config.json").write_text(json.dumps(special, indent=2))
+
+
+# ---- Resumable state
+
+
+def save_run(folder, step, model, optimizer, keep):
+    """Save the state after `step` updates as `folder/checkpoints/step-…`; every rank calls it.
+
+    The `keep` newest stay. Raises `RunError` on all ranks where the disk refuses; what was saved
+    before is untouched then.
+    """
+    place = Path(folder) / "checkpoints" / f"step-{step:06}"
+    if place.exists() and damage(place) is None:
+        return
+    partial, failure, own = place.with_name("partial"), None, {}
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        sync(Path(folder) / "metrics.jsonl")  # the records before the state that follows them
+    weights, moments = get_state_dict(model, optimizer)
+    try:
+        # DCP tells every rank of a failure on any.
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
+        own = {name: digest(partial / name) for name in own_share(os.listdir(partial))}
+    except (dcp.api.CheckpointException, OSError) as error:
+        failure = error
+    files = dict(gather_lists(list(own.items())))
+    if dist.get_rank() == 0:
+        try:
+            if failure is None:
+                with open(partial / "manifest.json", "w") as file:
+                    json.dump({"step": step, "files": files}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                shutil.rmtree(place, ignore_errors=True)  # a damaged one
+                os.rename(partial, place)
+                sync(place.parent)
+                # A newer one is damaged: else the run would have gone on from there.
+                newest_first = saved_runs(folder)
+                own = newest_first.index(place)
+                for old in newest_first[:own] + newest_first[own + keep :]:
+                    shutil.rmtree(old, ignore_errors=True)
+        except OSError as error:
+            failure = error
+        if failure is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+    raise_together(failure, f"{place}: the checkpoint could not be saved")
+
+
+def resume_run(folder, model, optimizer):
+    """Load the newest whole checkpoint, if any; the number of updates it holds, else 0.
+
+    A damaged one is named in a warning and the one before it is used. Model and optimizer may be
+    sharded over another number of ranks than when they were saved.
+    """
+    for place in saved_runs(folder):
+        if (problem := damage(place)) is not None:
+            if dist.get_rank() == 0:
+                print(
+                    f"warning: {place} is damaged ({problem}), trying the one before it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            continue
+        weights, moments = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments}
+        dcp.load(state, checkpoint_id=place)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        return json.loads((place / "manifest.json").read_text())["step"]
+    if saved_runs(folder) and dist.get_rank() == 0:
+        print("warning: no checkpoint is whole, training starts again", file=sys.stderr)
+    return 0
+
+
+def saved_runs(folder):
+    """The checkpoints of a run, newest first (longer names, of later updates, before shorter)."""
+    found = (Path(folder) / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda place: (len(place.name), place.name), reverse=True)
+
+
+def damage(place):
+    """What is wrong with a checkpoint, None where it is whole; each rank checks its share."""
+    problems = []
+    try:
+        files = json.loads((place / "manifest.json").read_text())["files"]
+        for name in own_share(files):
+            if digest(place / name) != files[name]:
+                problems.append(f"{name} is not what was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems.append(f"{error!r}")
+    return next(iter(gather_lists(problems)), None)
+
+
+def own_share(names):
+    """Every world-th of the names: this rank's part of a work on files."""
+    return sorted(names)[dist.get_rank() :: dist.get_world_size()]
+
+
+def digest(path):
+    """[bytes, SHA-256] of a file."""
+    sha, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+            size += len(block)
+    return [size, sha.hexdigest()]
+
+
+def raise_together(failure, what):
+    """Raise `RunError` on every rank where one has a failure."""
+    failures = gather_lists([] if failure is None else [one_line(failure)])
+    if failures:
+        raise RunError(f"{what} ({failures[0]}); what was saved before is untouched")
+
+
+def sync(path):
+    """Make a file, or the renames inside a folder, last through a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,291 @@
+"""The demo: a tiny base model, its tokenizer, conversations and preference pairs, made on the spot.
+
+sft.py and dpo.py run on them where neither --model nor --data is given, so that everything a 7B
+goes through can be watched on a laptop in two minutes, without a download:
+
+    make() ──► base/                a Llama that knows nothing, as a Hugging Face folder
+               conversations.jsonl ──► sft.py ──► a model that solves the tasks
+               preferences.jsonl   ──► dpo.py ──► a model that moreover answers in whole sentences
+               held_out.jsonl      ──► compare(): what either of them taught
+
+The tasks are small, and a program can tell right from wrong: pick the animal, or the largest
+number, from a list; sort the list. Some conversations open with a system message that changes every
+answer, some go on with further questions about the same list, which then is only "them".
+
+A right answer has two forms, the bare one ("fox") and a sentence ("The answer is fox."). The
+conversations leave the choice open: most questions get a sentence, most requests the bare answer.
+In the preference pairs the sentence is always the chosen one. So the effect of SFT shows in the
+tasks solved, and that of DPO in the form of the answers.
+"""
+
+import io
+import itertools
+import json
+import random
+from pathlib import Path
+
+import sentencepiece
+import torch
+from safetensors.torch import save_file
+
+from decoding.generator import TextGenerator
+from decoding.sampling import Sampling
+from model import Llama, LlamaConfig
+from program.errors import InputError
+
+FOLDER = Path("runs/demo")
+
+# Flags of sft.py and dpo.py in the demo. A model this small, and one that starts from nothing,
+# wants many short updates and a hundred times the learning rate of a pre-trained 7B.
+SFT = {
+    "model": f"{FOLDER}/base",
+    "data": [f"{FOLDER}/conversations.jsonl"],
+    "out": f"{FOLDER}/sft",
+    "epochs": 2,
+    "batch_size": 32,
+    "lr": 2.5e-3,
+    "warmup_ratio": 0.1,
+    "max_seq_len": 256,
+    "micro_tokens": 4096,
+}
+DPO = SFT | {
+    "model": f"{FOLDER}/sft",
+    "data": [f"{FOLDER}/preferences.jsonl"],
+    "out": f"{FOLDER}/dpo",
+    "epochs": 1,
+    "batch_size": 32,
+    "lr": 4e-5,
+    "micro_tokens": 8192,
+}
+
+SEED = 2  # of all that is made here; --seed is that of the order of training
+CONVERSATIONS = 8_000
+PAIRS = 3_200
+HELD_OUT = 20  # of each kind
+LONGEST_ANSWER = 20  # tokens
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 544,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    # LLaMA's 0.02 suits a hidden size of thousands. With 128 the same tasks are learned later.
+    "initializer_range": 0.06,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+# No two words begin alike, which makes sorting them a matter of the first letter.
+WORDS = {
+    "animal": "ant dog fox hen yak".split(),
+    "food": "egg jam nut pie lime".split(),
+    "colour": "red blue gold white olive".split(),
+    "vehicle": "car van tram ship kart".split(),
+}
+# Tried and dropped, as this model needs minutes to learn it: whatever depends on the order of the
+# list (its first or last word, repeating it, turning it around).
+TASKS = {  # two questions, then two requests; the last {} is the list
+    "pick": (
+        "What is the {} among {}?",
+        "Can you name the {} among {}?",
+        "Name the {} among {}.",
+        "Pick the {} among {}.",
+    ),
+    "sort": ("Can you sort {}?", "What is the order of {}?", "Sort {}.", "Put {} in order."),
+}
+CAPITALS = {"role": "system", "content": "Answer in capitals."}
+KINDS = ("pick words", "pick numbers", "sort words", "sort numbers", "system message", "later turn")
+
+
+def sentence(answer: str) -> str:
+    """The form of an answer that the preference pairs prefer."""
+    return f"The answer is {answer}."
+
+
+def solves(answer: str, reply: str) -> bool:
+    """Whether `reply` is the right answer, in either form."""
+    return reply in (answer, sentence(answer))
+
+
+def prefers(answer: str, reply: str) -> bool:
+    """Whether `reply` is right, and a sentence."""
+    return reply == sentence(answer)
+
+
+def conversation(rng: random.Random) -> dict:
+    """kind: one of KINDS · about: the list · messages · answer: the right one at the end."""
+    numbers = rng.random() < 0.35
+    if numbers:
+        items = [str(digit) for digit in rng.sample(range(10), rng.randint(3, 4))]
+        names = {"largest number": max(items), "smallest number": min(items)}
+    else:
+        names = {name: rng.choice(WORDS[name]) for name in rng.sample(sorted(WORDS), 3)}
+        items = rng.sample(sorted(names.values()), 3)
+    capitals = not numbers and rng.random() < 0.4
+    messages = [CAPITALS] if capitals else []
+    about = spoken = " ".join(items)
+    turns = rng.randint(1, 3)
+    for _ in range(turns):
+        task, phrasing = rng.choice(sorted(TASKS)), rng.randrange(4)
+        if task == "pick":
+            name = rng.choice(sorted(names))
+            question, answer = TASKS[task][phrasing].format(name, spoken), names[name]
+        else:
+            question, answer = TASKS[task][phrasing].format(spoken), " ".join(sorted(items))
+        answer = answer.upper() if capitals else answer
+        # Left open: four of five questions get a sentence, and one of five requests.
+        reply = sentence(answer) if rng.random() < (0.8 if phrasing < 2 else 0.2) else answer
+        messages += [{"role": "user", "content": question}, assistant(reply)]
+        spoken = "them"
+    kind = f"{task} {'numbers' if numbers else 'words'}"
+    if capitals or turns > 1:
+        kind = "later turn" if turns > 1 else "system message"
+    return {"kind": kind, "about": about, "messages": messages, "answer": answer}
+
+
+def assistant(content):
+    return {"role": "assistant", "content": content}
+
+
+def make(folder: Path = FOLDER) -> None:
+    """Write the base model, conversations, preference pairs and held-out prompts into `folder`.
+
+    The same bytes every time. A list that a held-out prompt is about occurs in no conversation and
+    in no pair, whatever the question.
+    """
+    rng = random.Random(SEED)
+    drawn = iter(lambda: conversation(rng), None)
+    held_out = []
+    for kind in KINDS:
+        of_kind = (row for row in drawn if row["kind"] == kind)
+        held_out += itertools.islice(of_kind, HELD_OUT)
+    lists = {row["about"] for row in held_out}
+    fresh = (row for row in drawn if row["about"] not in lists)
+    conversations = [
+        {"dataset": "demo", "id": f"demo_{i}", "messages": row["messages"]}
+        for i, row in enumerate(itertools.islice(fresh, CONVERSATIONS))
+    ]
+    pairs = []
+    for i, row in enumerate(itertools.islice(fresh, PAIRS)):
+        *context, _ = row["messages"]
+        chosen, rejected = assistant(sentence(row["answer"])), assistant(row["answer"])
+        pair = {"prompt": context[-1]["content"], "prompt_id": f"demo_{i}"}
+        pairs.append(pair | {"chosen": [*context, chosen], "rejected": [*context, rejected]})
+    prompts = [row | {"messages": row["messages"][:-1]} for row in held_out]
+
+    base = Path(folder) / "base"
+    base.mkdir(parents=True, exist_ok=True)
+    write_lines(base.parent / "held_out.jsonl", prompts)
+    write_lines(base.parent / "conversations.jsonl", conversations)
+    write_lines(base.parent / "preferences.jsonl", pairs)
+    make_tokenizer(base, conversations)
+    make_model(base)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def make_tokenizer(folder, conversations):
+    """A SentencePiece BPE model with byte fallback, made with the settings of Llama 2's."""
+    texts = (
+        text
+        for conversation in conversations[:4000]
+        for message in conversation["messages"]
+        for text in (f"<|{message['role']}|>", message["content"])
+    )
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=texts,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=CONFIG["vocab_size"],
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=1.0,
+        num_threads=1,
+        minloglevel=2,  # its log is a page long
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def make_model(folder):
+    """Random weights, norms at one."""
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    model = Llama(LlamaConfig.from_folder(folder))
+    generator = torch.Generator().manual_seed(SEED)
+    for weight in model.parameters():
+        if weight.dim() == 2:
+            torch.nn.init.normal_(weight, std=CONFIG["initializer_range"], generator=generator)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def newest_model(folder: Path = FOLDER) -> Path:
+    """The demo's model after DPO, or else after SFT; raises `InputError` where neither is there."""
+    for place in (Path(folder) / "dpo", Path(folder) / "sft"):
+        if (place / "config.json").is_file():
+            return place
+    raise InputError(
+        f"{folder}: no demo model, expected one made by `torchrun sft.py` (or --model DIR)"
+    )
+
+
+def compare(before: Path, after: Path, folder: Path = FOLDER) -> None:
+    """Have two models answer the held-out prompts of `make(folder)`; print what changed."""
+    rows = [json.loads(line) for line in open(Path(folder) / "held_out.jsonl", encoding="utf-8")]
+    replies = []
+    for place in (before, after):
+        generator = TextGenerator.from_folder(place, torch.device("cpu"), torch.float32, slots=64)
+        prompts = [generator.tokenizer.prompt(row["messages"]) for row in rows]
+        answers = generator.generate(prompts, Sampling(LONGEST_ANSWER))
+        replies.append([answer.text for answer in answers])
+    print(report(rows, *replies))
+
+
+def report(rows: list[dict], before: list[str], after: list[str]) -> str:
+    """A prompt of each kind with its answers before and after, then the rates."""
+    lines = [("held-out prompt", "", "before", "after")]
+    for kind in KINDS:
+        i = next(i for i, row in enumerate(rows) if row["kind"] == kind)
+        *context, question = rows[i]["messages"]
+        for message in context:
+            lines.append((kind, f"{message['role']}: {message['content']}", "", ""))
+            kind = ""
+        lines.append((kind, question["content"], before[i], after[i]))
+    lines += [("", "", "", ""), ("right answers", "", "before", "after")]
+    for kind in (*KINDS, "all"):
+        chosen = [i for i, row in enumerate(rows) if kind in ("all", row["kind"])]
+        lines.append((kind, "", *(share(solves, rows, r, chosen) for r in (before, after))))
+    form = [share(prefers, rows, r, range(len(rows))) for r in (before, after)]
+    lines.append(("in sentences", "right and in the form that DPO prefers", *form))
+    widths = 15, 44, 18, 31
+    return "\n".join(
+        "  ".join(clip(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def share(test, rows, replies, chosen):
+    return f"{sum(test(rows[i]['answer'], replies[i]) for i in chosen) / len(chosen):.1%}"
+
+
+def clip(text, width):
+    """Exactly `width` characters of what an untrained model may have said."""
+    text = "".join(c if c.isascii() and c.isprintable() else "·" for c in text)
+    return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,292 @@
+"""benchmarks/: the FLOPs behind the rates, and a rehearsal at toy size."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+from benchmarks import dpo, generate, kernels, load, measure, memory, sft, step, table, tune
+from model import LlamaConfig
+from pairs import message, pair, write
+from program.errors import InputError
+
+
+def test_attention_flops():
+    """Documents of 2 and 3 tokens: 4·n²·H·D, half of it masked; backward is 2.5 times that."""
+    flops = measure.attention_flops([2, 3], H=4, D=16)
+    assert flops == {"forward": 2 * 13 * 4 * 16, "backward": 5 * 13 * 4 * 16, "both": 7 * 13 * 64}
+
+
+def test_cross_entropy_flops():
+    """Logits, hidden's and the weight's gradient: each 2·N·V·E."""
+    assert measure.cross_entropy_flops(3, 5, 7) == 2 * 3 * 5 * 7 * 3
+
+
+def test_packed_lengths_fill_the_row():
+    """To the token, with the mean asked for, spread as they should be, the same every time."""
+    for mean, total in ((490, 16384), (1097, 16384), (20, 128), (490, 400_000), (490, 7)):
+        lengths = measure.packed_lengths(mean, total)
+        assert sum(lengths) == total and min(lengths) >= 1
+        assert len(lengths) == max(1, round(total / mean))
+        assert lengths == measure.packed_lengths(mean, total)
+    # Of a log-normal distribution, the mean weighted by length is mean · exp(sigma²).
+    lengths = measure.packed_lengths(490, 400_000)
+    assert sum(n * n for n in lengths) / 400_000 == pytest.approx(490 * np.exp(0.81), rel=0.1)
+
+
+def test_results_without_git(monkeypatch):
+    """A machine that has none gets its figures written all the same."""
+    monkeypatch.setenv("PATH", "")
+    assert measure.commit() is None
+
+
+def test_kernels_rehearsal(tmp_path):
+    """`bench.py kernels --toy` writes every row, measured or skipped with its reason."""
+    kernels.main(["--toy", "--out", str(tmp_path / "kernels.json")])
+    results = json.loads((tmp_path / "kernels.json").read_text())
+    assert {"date", "command", "commit", "device", "versions"} <= results.keys()
+    assert len(results["attention"]) == 2 * len(kernels.ATTENTION)
+    for row in results["attention"] + results["cross_entropy"]:
+        assert ("ms" in row) != bool(row.get("skipped")), row
+    if torch.cuda.is_available():
+        return
+    others = [r for r in results["attention"] if r["provider"] != "ours"]
+    assert all(r["skipped"] == "needs a GPU" for r in others)
+
+
+def test_one_failure_does_not_end_the_comparison(tmp_path, monkeypatch, capsys):
+    """Its reason stands in the file; and what the time no longer allows is left out, saying so."""
+
+    def broken(hidden, weight, labels):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setitem(kernels.LOSSES, "eager", broken)
+    path = tmp_path / "kernels.json"
+    kernels.main(["--toy", "--out", str(path)])
+    rows = json.loads(path.read_text())["cross_entropy"]
+    failed = [row for row in rows if row["provider"] == "eager"]
+    assert {row["skipped"] for row in failed} == {"RuntimeError: no kernel image"}
+    assert all("ms" in row for row in rows if row["provider"].startswith("ours"))
+    kernels.main(["--toy", "--minutes", "0", "--out", str(path)])
+    results = json.loads(path.read_text())
+    every = results["attention"] + results["cross_entropy"]
+    assert every and all(row["skipped"] == "out of time" for row in every)
+    capsys.readouterr()
+    bench.main(["table", str(path)])
+    assert "| 16 | – | – | – | – | – | – |" in capsys.readouterr().out
+
+
+def test_aims():
+    """Each measured figure is put beside its aim; what was not measured is not judged."""
+    shape = {"H": 32, "Hk": 32, "D": 128}
+
+    def row(name, provider, forward, backward):
+        tflops = {"forward": forward, "backward": backward, "both": (forward + backward) / 2}
+        return shape | {"row": name, "provider": provider, "tflops": tflops}
+
+    loss = {"E": 4096, "V": 32000, "N": 16384}
+    results = {
+        "toy": False,
+        "attention": [
+            row("dense 8192", "ours", 460, 340),
+            row("dense 8192", "sdpa cudnn", 500, 480),
+            row("packed 490", "ours", 250, 250),
+            row("packed 490", "varlen", 200, 200),
+            row("packed 490", "flex", 240, 200),
+        ],
+        "cross_entropy": [
+            loss | {"provider": "three products", "ms": 20.0},
+            loss
+            | {"provider": "ours, uniform", "ms": 22.0, "peak_mib": 1000, "gradients_mib": 378},
+        ],
+    }
+    verdicts = [line.split(":")[0] for line in table.aims(results)[1:]]
+    assert verdicts == [
+        "reached  8k forward, TFLOP/s",
+        "missed   8k backward, TFLOP/s",
+        "reached  8k forward, share of cuDNN's",
+        "reached  packed 490, both ways, over the best of the others",
+        "reached  loss, N 16384, over three products",
+        "missed   loss, N 16384, MiB",
+    ]
+    assert table.aims(results | {"attention": [], "cross_entropy": []}) == [""]
+
+
+@pytest.mark.kernel
+def test_tune_rehearsal(tmp_path, monkeypatch):
+    """`bench.py tune --toy` times the shipped sizes and a few others, and refuses wrong results."""
+    few = {name: [(64, 32, 4, 1)] for name in tune.CANDIDATES}
+    monkeypatch.setattr(tune, "CANDIDATES", few)
+    monkeypatch.setattr(tune, "SOFTMAX", [(64, 4)])
+    monkeypatch.setattr(tune, "WORKSPACES", [1])
+    path = tmp_path / "tune.json"
+    tune.main(["--toy", "--out", str(path)])
+    rows = json.loads(path.read_text())["results"]
+    assert len(rows) == 2 * 3 + 1 + 1 and all(row["ms"] > 0 for row in rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    case = tune.Case([20, 44], 2, 1, 16, device, torch.float16)
+    monkeypatch.setattr(case, "launch", lambda name, candidate: None)
+    with pytest.raises(AssertionError, match="not what the shipped sizes give"):
+        case.measure("forward_kernel", (64, 32, 4, 1), device)
+
+
+def test_layers_that_fit():
+    """About 3.7 GB a block, at 18 bytes a weight: 80 GiB hold some of the 32, a TiB all.
+
+    Without recomputation each block keeps 5 GB more.
+    """
+    assert 10 <= step.layers_that_fit(80 << 30, step.LLAMA_2_7B, 16384) <= 18
+    assert 5 <= step.layers_that_fit(80 << 30, step.LLAMA_2_7B, 16384, recompute=False) <= 9
+    assert step.layers_that_fit(1 << 40, step.LLAMA_2_7B, 16384) == 32
+
+
+def test_time_by_kind():
+    """Kernels as the profiler names them; nothing is lost or counted twice."""
+    kernels = {
+        "forward_kernel": 1.0,
+        "backward_kv_kernel": 2.0,
+        "softmax_kernel": 4.0,
+        "nvjet_tst_128x256_64x4_1x2_h_bz_coopB_TNT": 8.0,
+        "triton_red_fused__to_copy_mean_mul_pow_rsqrt_0": 16.0,
+        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": 32.0,
+        "Memcpy DtoD (Device -> Device)": 64.0,
+    }
+    spent = step.by_kind(kernels.items())
+    assert list(spent.values()) == [3.0, 4.0, 8.0, 32.0, 16.0, 64.0]
+
+
+def test_step_rehearsal(tmp_path):
+    """`bench.py step --toy` trains a tiny model: its loss falls, and all is written."""
+    step.main(["--toy", "--out", str(tmp_path / "step.json")])
+    results = json.loads((tmp_path / "step.json").read_text())
+    assert results["losses"][-1] < results["losses"][0]
+    assert results["tokens"] == 256 and results["tokens_per_second"] > 0
+
+
+SHAPE = LlamaConfig.from_dict(
+    {
+        "model_type": "llama",
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 5,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+)
+BLOCK = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 5  # weights of q, k, v, o, and of the MLP
+
+
+def test_flops_of_the_loops():
+    """Ours: tokens as they are, half the square; padded: the whole rectangle, the whole square."""
+    ours = 3 * (6 * BLOCK * 5 + 6 * (2 * 2 + 3 * 3) * 8) + 6 * 11 * 8 * 4
+    assert sft.loop_flops("ours", SHAPE, [2, 3], 4) == ours
+    assert sft.loop_flops("its products", SHAPE, [2, 3], 4) == ours - 3 * 6 * 13 * 8
+    padded = 2 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 6 * 11 * 8 * 3)
+    assert sft.loop_flops("transformers, 4", SHAPE, [2, 3], 4) == padded
+
+
+def test_products_are_the_loops_own():
+    """The matrix products that stand for our loop have the FLOPs that its weights ask for."""
+    config = sft.SFTBenchConfig(micro_tokens=16)
+    products, done = sft.Products(config, SHAPE), []
+    products.products = lambda rows, n_in, n_out: done.append(6 * rows * n_in * n_out)
+    documents = [(np.arange(n), np.arange(n) > 0) for n in (9, 10, 4)]  # two rows
+    products.update(documents, 0.0)
+    assert sum(done) == sft.loop_flops("its products", SHAPE, [9, 10, 4], 8 + 9 + 3)
+
+
+def test_sft_rehearsal(tmp_path):
+    """`bench.py sft --toy` trains all loops to the same losses and writes what it measured."""
+    path = tmp_path / "sft.json"
+    flags = ["--toy", "--conversations", "40", "--batch-size", "20", "--micro-tokens", "200"]
+    sft.main([*flags, "--out", str(path)])
+    results = json.loads(path.read_text())
+    assert {"date", "commit", "device", "cores", "versions"} <= results.keys()
+    assert results["command"].endswith("--out sft.json") and str(tmp_path) not in path.read_text()
+    assert results["largest_loss_difference"] < sft.FP32_ROUNDING and results["speed_up"] > 0
+    for name, loop in results["loops"].items():
+        assert len(loop["seconds"]) == 2 and loop["gflop_per_update"] > 0
+        assert name == "its products" or loop["losses"][1] < loop["losses"][0]
+
+
+def test_flops_of_the_dpo_loops():
+    """Ours makes the logits twice; padded, a rectangle of both sides; TRL's, twice at all of it."""
+    lengths, head = [2, 3, 3, 3], 2 * 11 * 8
+    ours = sft.loop_flops("ours", SHAPE, lengths, 7)
+    assert dpo.loop_flops("ours", SHAPE, lengths, 7) == ours + head * 7
+    padded = 4 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 3 * head * 3)
+    assert dpo.loop_flops("transformers, 2", SHAPE, lengths, 7) == padded
+    assert dpo.loop_flops("TRL, 2", SHAPE, lengths, 7) == padded + 4 * head * 3
+
+
+@pytest.fixture
+def sums(tmp_path):
+    """Path of 16 pairs of short answers."""
+    prompts = [[message("user", f"What is {k} plus 2?")] for k in range(16)]
+    answers = [(f"The answer is {k + 2}.", "The fox sleeps. " * (k % 3 + 1)) for k in range(16)]
+    records = [pair(prompt, *both) for prompt, both in zip(prompts, answers, strict=True)]
+    return write(tmp_path / "pairs.jsonl", records)
+
+
+def test_dpo_rehearsal(base, sums, tmp_path):
+    """`bench.py dpo --toy` trains all loops to the same losses and writes what it measured."""
+    path = tmp_path / "dpo.json"
+    flags = ["--toy", "--data", sums, "--tokenizer", base, "--batch-size", 8, "--out", path]
+    dpo.main([*map(str, flags), "--micro-tokens", "300"])
+    results = json.loads(path.read_text())
+    assert results["speed_up"] > 0 and results["updates"] == 2
+    assert results["largest_loss_difference"] < dpo.LOSS_TOLERANCE
+    assert {"ours", "transformers, 4", "transformers, 16"} <= results["loops"].keys()
+    for loop in results["loops"].values():
+        assert loop["losses"][0] == pytest.approx(np.log(2), abs=1e-5)
+        assert len(loop["seconds"]) == 2 and loop["gflop_per_update"] > 0
+
+
+def test_memory_rehearsal(base, sums, tmp_path):
+    """`bench.py memory --toy` runs sft.py once and dpo.py twice, on the same row of all pairs."""
+    path = tmp_path / "memory.json"
+    flags = ["--toy", "--data", sums, "--tokenizer", base, "--pairs", 5, "--out", path]
+    memory.main([*map(str, flags)])
+    results = json.loads(path.read_text())
+    assert len(results["peak_gib"]) == 3 and results["pairs"] == 5
+    assert all(len(peaks) == 3 and min(peaks) > 0 for peaks in results["peak_gib"].values())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux counts it")
+def test_load_rehearsal(base, tmp_path, monkeypatch):
+    """`bench.py load --toy` measures our way (transformers' start takes 20 s) and writes it."""
+    monkeypatch.setattr(load, "WAYS", ("ours",))
+    path = tmp_path / "load.json"
+    load.main(
+        ["--toy", "--rounds", "1", "--ranks", "1", "--tokenizer", str(base), "--out", str(path)]
+    )
+    results = json.loads(path.read_text())
+    figures = results["figures"]["ours"]
+    assert figures["load"]["seconds"] > 0 and figures["save"]["peak_mb"] > 0
+    assert results["own_shards_mb"] == pytest.approx(4 * results["model"]["parameters"] / 1e6)
+
+
+def test_bench_names_the_benchmarks():
+    """An unknown benchmark is an input error that lists those there are."""
+    with pytest.raises(InputError, match="found nope, expected one of dpo, generate, kernels"):
+        bench.main(["nope"])
+
+
+def test_generate_rehearsal(tmp_path, real_data):
+    """`bench.py generate --toy`: transformers' very tokens, and figures that belong together."""
+    out = tmp_path / "generate.json"
+    figures = generate.main(
+        ["--toy", "--prompts", "9", "--rounds", "1", "--out", str(out),
+         "--data", str(real_data / "eval/gsm8k/test.jsonl"),
+         "--tokenizer", str(real_data / "llama2-tokenizer")]
+    )  # fmt: skip
+    assert json.loads(out.read_text())["figures"] == figures
+    assert [f["prompts"] for f in figures.values()] == [2, 9]
+    for one in figures.values():
+        assert one["different_answers"] == 0 and one["new_tokens"] > 40 * one["prompts"]
+        rates, seconds = one["tokens_per_second"], one["seconds"]
+        assert rates["ours"] * seconds["ours"][0] == pytest.approx(one["new_tokens"])

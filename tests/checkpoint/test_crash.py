@@ -1,0 +1,187 @@
+"""Runs that are killed or stopped by signals: the same command afterwards ends with the weights of
+a run that nothing befell."""
+
+import functools
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import harm
+import sft
+from checkpoint.run_folder import lock_output
+from checkpoint.weights import saved_runs
+from harm import (
+    DELETE,
+    FORKS,
+    FSYNC,
+    LAST,
+    LOG,
+    RENAME,
+    REPLACE,
+    assert_same_run,
+    harmed,
+    losses,
+    recipe,
+    steps,
+    torchrun,
+)
+from program.errors import InputError
+
+
+@pytest.fixture
+def flags(base, conversations, tmp_path):
+    return recipe(base, conversations, tmp_path / "out")
+
+
+# ---- kill -9
+
+
+def test_killed_again_and_again(flags, uninterrupted):
+    """Killed at every stage of saving, each time further on: the end is the same, bit for bit."""
+    flags |= {"save_every": 2}
+    for calls, at in (
+        ([REPLACE], 1),  # before the log is there
+        ([LOG], 2),  # before there is a checkpoint
+        ([FSYNC], 3),  # in the first checkpoint
+        ([RENAME], 2),  # when it is whole but for its name
+        ([RENAME], 3),  # in the second (the one of update 2 is there now)
+        ([DELETE], 5),  # when an old one goes
+        ([LOG], 3),  # between two
+        ([FSYNC], 7),  # when the model's tensors are written
+        ([REPLACE], 4),  # when the model moves in
+        ([REPLACE], 7),  # when only its config.json is missing
+    ):
+        assert harmed(flags, signal.SIGKILL, at, calls) == -signal.SIGKILL, (calls, at)
+    assert harmed(flags) == 0
+    assert_same_run(flags["out"], uninterrupted)
+
+
+def test_killed_at_random(flags, uninterrupted):
+    """Killed from outside after a random time, up to four times, then left alone."""
+    flags |= {"save_every": 1}
+    rng = random.Random(0)
+    for _ in range(4):
+        process = FORKS.Process(target=harm.main, args=("sft", flags))
+        process.start()
+        process.join(rng.uniform(0.2, 2.0))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+    else:
+        assert harmed(flags) == 0
+    assert_same_run(flags["out"], uninterrupted)
+
+
+def test_orphans(base, conversations, tmp_path):
+    """Under torchrun: killed alone it takes its ranks along, and SIGTERM saves and stops them all.
+
+    What two ranks left, one goes on with, equal up to rounding.
+    """
+    out = tmp_path / "out"
+    flags = recipe(base, conversations, out)
+    flags["epochs"] = 100  # 300 updates: none of these runs comes to its end
+    command = torchrun(flags | {"save_every": 2})
+
+    def start_and(number, updates):
+        with open(tmp_path / "log", "w") as log:
+            launcher = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+        until = time.monotonic() + 100
+        while not (out / "metrics.jsonl").exists() or len(steps(out)) < updates:
+            assert launcher.poll() is None and time.monotonic() < until, (
+                tmp_path / "log"
+            ).read_text()
+            time.sleep(0.05)
+        launcher.send_signal(number)
+        return launcher.wait(60), (tmp_path / "log").read_text()
+
+    start_and(signal.SIGKILL, 3)
+    # The ranks are in sessions of their own; what they hold is the folder.
+    os.close(lock_output(out, patience=5))
+
+    status, log = start_and(signal.SIGTERM, 5)
+    stopped = len(steps(out))
+    assert status != 0
+    assert log.count(f"stopped by a signal after update {stopped:,}; the same command") == 1, log
+    assert "error: " not in log
+    assert steps(out) == list(range(1, stopped + 1))
+    assert saved_runs(out)[0].name == f"step-{stopped:06}"
+
+    flags["max_steps"] = stopped + 3
+    assert harmed(flags) == 0
+    reference = flags | {"out": str(tmp_path / "reference")}
+    assert harmed(reference) == 0
+    assert steps(out) == steps(reference["out"]) == list(range(1, stopped + 4))
+    # fp32 sums in another order, through a dozen updates of AdamW at a high rate
+    assert losses(out) == pytest.approx(losses(reference["out"]), rel=2e-3)
+
+
+# ---- Signals
+
+
+def test_stopped_by_signals(flags, uninterrupted, tmp_path):
+    """SIGTERM and SIGINT end the update, save, and exit with 128 + their number, each time."""
+    log = tmp_path / "log"
+    for number, at, step in (
+        (signal.SIGTERM, 2, 3),
+        (signal.SIGINT, 1, 5),
+        (signal.SIGTERM, 6, LAST),  # in the very last update, when only saving is left
+    ):
+        assert harmed(flags, number, at, [LOG], log) == 128 + number
+        assert steps(flags["out"]) == list(range(1, step + 1))
+        assert saved_runs(flags["out"])[0].name == f"step-{step:06}"
+        assert f"stopped by a signal after update {step}; the same command" in log.read_text()
+    assert "Traceback" not in log.read_text() and "error" not in log.read_text()
+    assert harmed(flags) == 0
+    assert_same_run(flags["out"], uninterrupted)
+
+
+def test_interrupted_before_the_first_update(flags, tmp_path):
+    """Ctrl-C while the data are read: no traceback, status 130, nothing half made."""
+    log = tmp_path / "log"
+    status = harmed(flags, signal.SIGINT, 1, [("data", "token_cache")], log)
+    assert status == 128 + signal.SIGINT
+    assert "Traceback" not in log.read_text()
+    assert not Path(flags["out"]).exists()
+
+
+# ---- One folder, two runs; a loss that is not finite; few conversations
+
+
+def test_two_runs_into_one_folder(flags, monkeypatch):
+    """The second one is refused while the first one lives."""
+    lock = lock_output(flags["out"])
+    monkeypatch.setattr(sft, "lock_output", functools.partial(lock_output, patience=0.1))
+    with pytest.raises(InputError, match="out: another run is writing there"):
+        sft.main(flags)
+    os.close(lock)
+    assert os.listdir(flags["out"]) == []
+
+
+def test_loss_that_is_not_finite(flags, tmp_path):
+    """It stops every rank before the weights change, and names the update and its conversations."""
+    flags |= {"lr": 1e30, "save_every": 1}
+    done = subprocess.run(torchrun(flags), capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    # One for two ranks, on a line of its own, not behind the progress bar.
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    update = len(steps(flags["out"])) + 1
+    assert line.startswith(f"error: update {update}: loss ") and "nan" in line
+    assert "stopped before the weights changed" in line
+    assert line.count("(id made-up-") == flags["batch_size"]
+    assert saved_runs(flags["out"])[0].name == f"step-{update - 1:06}"
+    assert not (Path(flags["out"]) / "config.json").exists()
+
+
+def test_fewer_conversations_than_an_update_takes(flags, capsys):
+    """One update an epoch, of all there are, and a warning."""
+    sft.main(flags | {"batch_size": 100, "epochs": 2})
+    assert "warning: 24 conversations are fewer than --batch-size 100" in capsys.readouterr().err
+    assert steps(flags["out"]) == [1, 2]

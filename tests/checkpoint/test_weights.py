@@ -1,0 +1,105 @@
+"""Hugging Face folders in and out. (What a kill or a full disk leaves: test_crash.py.)"""
+
+import json
+import shutil
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from checkpoint import weights as checkpoint
+from model import Llama, LlamaConfig
+from tokens.tokenizer import Tokenizer
+from training.parallel import shard, start
+
+
+def sharded(folder):
+    """Our model with the weights of `folder`, as the loops have it (one rank)."""
+    _, _, device = start()
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_folder(folder))
+    shard(model, device, torch.float32)
+    checkpoint.load_hf(model, folder)
+    return model
+
+
+def logits(model, ids):
+    """Our logits of one document."""
+    return model(ids, torch.zeros(len(ids), dtype=torch.int32), torch.arange(len(ids)))
+
+
+def test_what_is_written_gives_the_same_logits_and_ids_in_transformers(base, tmp_path):
+    """bf16 weights, read back by both: equal logits and chat ids, and generation stops at EOS."""
+    tokenizer = Tokenizer(base)
+    checkpoint.save_hf(sharded(base), tokenizer, base, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.randint(0, theirs.config.vocab_size, (37,), generator=torch.manual_seed(1))
+    torch.testing.assert_close(
+        logits(sharded(tmp_path), ids), theirs(ids[None]).logits[0], rtol=1e-5, atol=1e-5
+    )
+    messages = [{"role": "user", "content": " Hé! 😀"}, {"role": "assistant", "content": "a  b"}]
+    chat = AutoTokenizer.from_pretrained(tmp_path)
+    assert chat.apply_chat_template(messages, return_dict=False) == tokenizer.encode(messages)[0]
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == tokenizer.eos_id
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_bf16_weights_survive_a_round_trip_bit_for_bit(base, tmp_path):
+    """Reading what we wrote and writing it again gives the same file."""
+    for k, source in enumerate((base, tmp_path / "0", tmp_path / "1")):
+        checkpoint.save_hf(sharded(source), Tokenizer(base), source, tmp_path / str(k))
+    first, second = (tmp_path / str(k) / "model.safetensors" for k in (1, 2))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_large_models_are_written_in_shards_with_an_index(base, tmp_path, monkeypatch):
+    """Every shard within the limit, every tensor in the index, and both sides can read them."""
+    checkpoint.save_hf(sharded(base), Tokenizer(base), base, tmp_path / "one")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 25_000)
+    checkpoint.save_hf(sharded(base), Tokenizer(base), base, tmp_path / "many")
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(whole)
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) > 2
+    parts = {}
+    for name in names:
+        tensors = load_file(tmp_path / "many" / name)
+        assert len(tensors) == 1 or sum(2 * t.numel() for t in tensors.values()) <= 25_000
+        assert all(index["weight_map"][tensor] == name for tensor in tensors)
+        parts |= tensors
+    assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in whole.values())
+    assert all(torch.equal(parts[name], whole[name]) for name in whole)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
+    ours = sharded(tmp_path / "many").state_dict()
+    for name in whole:
+        assert torch.equal(theirs[name], whole[name])
+        assert torch.equal(ours[name], whole[name].float())
+
+
+def test_tied_embeddings_are_one_tensor(base, tmp_path):
+    """A tied checkpoint loads with or without a head in the file, and is written without one."""
+    tied = tmp_path / "tied"
+    shutil.copytree(base, tied)
+    config = json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tied / "config.json").write_text(json.dumps(config))
+    model = sharded(tied)  # the head is still in the file
+    checkpoint.save_hf(model, Tokenizer(base), tied, tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.arange(11)
+    torch.testing.assert_close(
+        logits(sharded(tmp_path / "out"), ids), theirs(ids[None]).logits[0], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_plain_models_load_too(base):
+    """generate.py and the demo read a folder without FSDP."""
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_folder(base))
+    checkpoint.load_hf(model.to_empty(device="cpu"), base)
+    ids = torch.arange(7)
+    assert torch.equal(logits(model, ids), logits(sharded(base), ids))

@@ -1,0 +1,289 @@
+"""decoding.py and cache.py against transformers' generate and full forward passes, in fp32."""
+
+import random
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo import lookup_backend
+
+from decoding.cuda_graphs import GraphedStep
+from decoding.generator import TextGenerator
+from decoding.sampling import Sampling
+from program.errors import InputError, RunError
+from test_model import TINY, TOLERANCE, VARIANTS, make_pair
+from tokens.tokenizer import Tokenizer
+
+EOS = 2
+LENGTHS = (1, 2, 7, 30, 64)
+
+
+class Numbers:
+    """A tokenizer whose text is the token ids themselves: "17 4 99 "."""
+
+    eos_id = EOS
+
+    def continuation(self, ids):
+        return "".join(f"{i} " for i in ids)
+
+
+def make_prompts(n, beginning=0, seed=0):
+    """n prompts of various lengths that share their first `beginning` tokens; two are equal."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, TINY["vocab_size"]) for _ in range(beginning)]
+    prompts = [
+        shared + [rng.randrange(3, TINY["vocab_size"]) for _ in range(rng.choice(LENGTHS))]
+        for _ in range(n)
+    ]
+    return [*prompts[:-1], prompts[0]]
+
+
+def their_answer(theirs, prompt, most):
+    """transformers' greedy tokens for one prompt, without EOS."""
+    ids = torch.tensor([prompt])
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most,
+                          do_sample=False, eos_token_id=EOS, pad_token_id=0)  # fmt: skip
+    return [i for i in out[0, len(prompt) :].tolist() if i != EOS]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("beginning", [0, 41])
+def test_greedy_is_transformers_generate(name, beginning):
+    """Token for token, with more prompts than slots, whatever they have in common."""
+    ours, theirs = make_pair(VARIANTS[name])
+    prompts = make_prompts(11, beginning)
+    answers = TextGenerator(ours, Numbers(), slots=4).generate(prompts, Sampling(23))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.ids == their_answer(theirs, prompt, 23)
+        assert answer.finish == ("length" if len(answer.ids) == 23 else "eos")
+        assert answer.text == Numbers().continuation(answer.ids)
+
+
+def test_some_answers_end_early():
+    """The test above saw sequences leave the batch before others, by EOS."""
+    ours, _ = make_pair(VARIANTS["2:1, like Code Llama"])
+    answers = TextGenerator(ours, Numbers(), slots=4).generate(make_prompts(11), Sampling(23))
+    assert {answer.finish for answer in answers} == {"length", "eos"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_step_equals_the_full_forward(name):
+    """Logits after every token of documents that grow one token at a time."""
+    ours, _ = make_pair(VARIANTS[name])
+    generator = TextGenerator(ours, Numbers(), slots=3)
+    texts = [[rng.randrange(3, 101) for _ in range(12)] for rng in map(random.Random, range(3))]
+    seen = []
+
+    def follow(logits, sequences, sampling):  # instead of choosing: the text goes on as given
+        seen.append((logits, [(s.number, len(s.new)) for s in sequences]))
+        return torch.tensor([texts[s.number][4 * s.number + 1 + len(s.new)] for s in sequences])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("decoding.generator.choose", follow)
+        generator.generate([text[: 4 * k + 1] for k, text in enumerate(texts)], Sampling(3))
+    for logits, places in seen:
+        for row, (k, new) in zip(logits, places, strict=True):
+            ids = torch.tensor(texts[k][: 4 * k + 1 + new])
+            full = ours(ids, torch.zeros(len(ids), dtype=torch.int32), torch.tensor([-1]))[0]
+            torch.testing.assert_close(row, full, **TOLERANCE)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("beginning", [0, 41])
+def test_option_logps_are_transformers(beginning):
+    """Summed log-probabilities of options of one to five tokens after each prompt."""
+    ours, theirs = make_pair(VARIANTS["2:1, like Code Llama"])
+    prompts, rng = make_prompts(7, beginning), random.Random(1)
+    options = [
+        [[rng.randrange(3, 101) for _ in range(rng.choice((1, 1, 2, 5)))] for _ in range(4)]
+        for _ in prompts
+    ]
+    found = TextGenerator(ours, Numbers(), slots=3).option_logps(prompts, options)
+    for prompt, own, logps in zip(prompts, options, found, strict=True):
+        for option, logp in zip(own, logps, strict=True):
+            with torch.no_grad():
+                all_logps = theirs(torch.tensor([prompt + option])).logits[0].log_softmax(-1)
+            places = range(len(prompt) - 1, len(prompt) + len(option) - 1)
+            expected = sum(all_logps[i, t].item() for i, t in zip(places, option, strict=True))
+            assert logp == pytest.approx(expected, abs=5e-5)  # five times 1e-5, see test_model
+
+
+def test_no_option_and_an_empty_one():
+    """A prompt without options has no result; no token follows with certainty."""
+    ours, _ = make_pair({})
+    found = TextGenerator(ours, Numbers()).option_logps([[3, 4], [5], [6]], [[[], [7]], [], [[7]]])
+    assert [len(own) for own in found] == [2, 0, 1]
+    assert found[0][0] == 0 > found[0][1] and found[2][0] < 0
+    assert TextGenerator(ours, Numbers()).option_logps([], []) == []
+
+
+def test_no_memory_for_the_cache(monkeypatch):
+    """The error says what was wanted, and which flag makes it less."""
+    ours, _ = make_pair({})
+    generator = TextGenerator(ours, Numbers(), slots=2)
+
+    def full(*shape, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("decoding.kv_cache.torch.zeros", full)
+    with pytest.raises(RunError, match="3 times 256 tokens: try fewer --slots"):
+        generator.generate([[3]], Sampling(5))
+
+
+def test_samples_are_a_prompts_own():
+    """The same for any number of slots and whatever else is asked; another seed, other samples."""
+    ours, _ = make_pair({})
+    prompts, sampling = make_prompts(6), Sampling(9, temperature=1.0, top_p=0.9)
+    alone = [TextGenerator(ours, Numbers(), slots=1).generate([p], sampling, [k])[0]
+             for k, p in enumerate(prompts)]  # fmt: skip
+    together = TextGenerator(ours, Numbers(), slots=4).generate(prompts, sampling)
+    assert [a.ids for a in alone] == [a.ids for a in together]
+    assert together[0].ids != together[5].ids  # equal prompts, other numbers
+    other = TextGenerator(ours, Numbers(), slots=4).generate(
+        prompts, Sampling(9, temperature=1.0, top_p=0.9, seed=1)
+    )
+    assert [a.ids for a in other] != [a.ids for a in together]
+
+
+def test_stop_strings_and_limits():
+    """An answer ends before the first stop string, or at the context; a full prompt gives none."""
+    ours, _ = make_pair({})
+    (prompt, *_), most = make_prompts(2), 20
+    generator = TextGenerator(ours, Numbers(), context=len(prompt) + most)
+    whole = generator.generate([prompt], Sampling(most))[0]
+    assert len(whole.ids) == most and whole.finish == "length"
+    first, second = f"{whole.ids[5]} {whole.ids[6]}", f" {whole.ids[9]} "
+    stopped = generator.generate([prompt], Sampling(most, stop=(second, first)))[0]
+    end = min(whole.text.find(first), whole.text.find(second))
+    assert (stopped.text, stopped.finish) == (whole.text[:end], "stop")
+    cut = generator.generate([prompt], Sampling(most + 1))[0]
+    assert (cut.ids, cut.finish) == (whole.ids, "context")
+    full = generator.generate([whole.ids * 9], Sampling(most))[0]
+    assert (full.ids, full.finish) == ([], "context")
+
+
+def test_stream_goes_on_from_what_was_read():
+    """The pieces are generate's text; a second turn reads only what is new, also after Ctrl-C."""
+    ours, _ = make_pair({})
+    generator, fresh = (TextGenerator(ours, Numbers(), slots=1) for _ in range(2))
+    prompt, sampling = make_prompts(4)[1] * 3, Sampling(11)
+    pieces = list(generator.stream(prompt, sampling))
+    expected = fresh.generate([prompt], sampling)[0]
+    assert "".join(text for text, _ in pieces) == expected.text
+    assert [finish for _, finish in pieces][-1] == expected.finish == "length"
+    assert all(finish is None for _, finish in pieces[:-1])
+    read = []
+    ours.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
+    second = prompt + expected.ids[:5] + [EOS, 7, 8, 9]
+    stream = generator.stream(second, sampling)
+    next(stream), next(stream)
+    stream.close()  # as Ctrl-C does
+    assert read[0] == 4  # EOS and the three after it
+    third = second + [11, 12]
+    assert "".join(t for t, _ in generator.stream(third, sampling)) == "".join(
+        t for t, _ in fresh.stream(third, sampling)
+    )
+
+
+def test_a_chat_outgrows_its_cache():
+    """A turn that needs a larger one is answered as if it were the first, up to the context."""
+    ours, _ = make_pair({})
+    generator, prompts = TextGenerator(ours, Numbers(), context=411, slots=1), make_prompts(4)
+    capacities = []
+    for length in (20, 253, 400, 410):
+        ids = (prompts[1] * 99)[:length]
+        answer = "".join(text for text, _ in generator.stream(ids, Sampling(5)))
+        fresh = TextGenerator(ours, Numbers(), context=411).generate([ids], Sampling(5))[0]
+        assert answer == fresh.text
+        capacities.append(generator.cache.capacity)
+    assert capacities == [256, 512, 512, 512]
+
+
+def test_too_long_a_prompt_is_refused():
+    """A chat that fills the context, and an option that does not fit, say how long they are."""
+    ours, _ = make_pair({})
+    generator = TextGenerator(ours, Numbers(), context=8)
+    with pytest.raises(InputError, match="9 tokens.* 8"):
+        list(generator.stream([3] * 9, Sampling()))
+    with pytest.raises(InputError, match="9 tokens.* 8"):
+        generator.option_logps([[3] * 7], [[[4, 5]]])
+
+
+def test_continuation_keeps_the_space(tokenizer_folder):
+    """Text of a continuation, so that the whole is prompt plus answer: code needs its indent."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    for text in ("def add(a, b):\n    return a", "a  b", "Größe 日本"):
+        ids = tokenizer.sp.encode(text)
+        for cut in range(1, len(ids)):
+            head = tokenizer.sp.decode(ids[:cut])
+            if "\ufffd" not in head:
+                assert head + tokenizer.continuation(ids[cut:]) == text
+
+
+def test_ids_without_a_piece_have_no_text(tokenizer_folder):
+    """A model whose embedding was padded can choose a row that the tokenizer has nothing for."""
+    tokenizer = Tokenizer(tokenizer_folder)
+    ids = tokenizer.sp.encode("The dog")
+    padded = [ids[0], tokenizer.vocab_size, *ids[1:], tokenizer.vocab_size + 9]
+    assert tokenizer.continuation(padded) == tokenizer.continuation(ids) == " The dog"
+    assert tokenizer.decode(padded) == "The dog" and tokenizer.visible(padded) == " The dog"
+
+
+class Replayed(GraphedStep):
+    """Without a GPU: the recorded step is run again, on the inputs that it was recorded with."""
+
+    def record(self, filled, limit):
+        inputs, logits = filled.clone(), self.step(*filled, limit)
+        again = SimpleNamespace(replay=lambda: logits.copy_(self.step(*inputs, limit)))
+        self.shapes = getattr(self, "shapes", set()) | {(len(logits), limit)}
+        return again, inputs, logits
+
+
+def test_recorded_steps_and_how_often_they_compile(monkeypatch):
+    """The same answers from filled rows and rounded limits; the step is one graph, compiled
+    once for one sequence and once for several, however large the caches."""
+    ours, _ = make_pair(VARIANTS["2:1, like Code Llama"])
+    generator, prompts = TextGenerator(ours, Numbers(), slots=4), make_prompts(6)
+    short, longer, longest = prompts[:1], [prompts[1] * 9], [prompts[1] * 18]
+    asked = [
+        longer,
+        short,
+        longer + prompts,
+        prompts,
+        longest,
+        short,
+        longest + prompts,
+        prompts[:2],
+    ]
+    expected = [generator.generate(own, Sampling(9)) for own in asked]
+    compiled, compile, aot_eager = [], torch.compile, lookup_backend("aot_eager")
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(compile, backend=backend, fullgraph=True))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    generator.cache, generator.graphs = None, Replayed(generator.step)
+    for own, answers in zip(asked, expected, strict=True):
+        assert generator.generate(own, Sampling(9)) == answers
+    assert generator.cache.capacity == 768
+    assert generator.graphs.shapes >= {(4, 256), (1, 512), (2, 256), (1, 256), (1, 768)}
+    assert len(compiled) <= 3  # torch begins one of the two again
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("beginning", [0, 41])
+def test_graphs_on_a_gpu(beginning):
+    """Recorded steps give the tokens of steps that are not, in fp32, and the CPU's in the end."""
+    # The kernel that reads prompts takes heads of 16 elements and more.
+    ours, _ = make_pair(VARIANTS["2:1, like Code Llama"] | {"head_dim": 16})
+    prompts, sampling = make_prompts(11, beginning), Sampling(300)
+    expected = TextGenerator(ours, Numbers(), slots=4).generate(prompts, sampling)
+    generator = TextGenerator(ours.cuda(), Numbers(), slots=4)
+    recorded = generator.generate(prompts, sampling)
+    assert len(generator.graphs.recorded) >= 3  # of 4, 2 and 1 sequences, or of two limits
+    generator.graphs = None
+    assert [a.ids for a in generator.generate(prompts, sampling)] == [a.ids for a in recorded]
+    assert [a.ids[:20] for a in recorded] == [a.ids[:20] for a in expected]

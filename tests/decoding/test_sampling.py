@@ -1,0 +1,52 @@
+"""sampling.py: tokens are drawn as their probabilities say, and what of an answer may be shown."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from decoding.sampling import Sampling, choose, complete
+from program.errors import RunError
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8), (1.0, 1e-9)])
+def test_sampling_has_the_softmax_distribution(temperature, top_p):
+    """Over an even grid of u, tokens come in proportion to their probability within top_p."""
+    logits = torch.randn(13, generator=torch.Generator().manual_seed(0)) * 2
+    p = (logits.double() / temperature).softmax(0)
+    order = p.argsort(descending=True).tolist()
+    kept, mass = [], 0.0
+    for token in order:  # the definition: the fewest likeliest with at least top_p together
+        if mass >= top_p:
+            break
+        kept.append(token)
+        mass += p[token].item()
+    n = 2000
+
+    grid = iter((k + 0.5) / n for k in range(n))
+    sources = [SimpleNamespace(random=SimpleNamespace(random=lambda: next(grid)))] * n
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    counts = Counter(choose(logits.expand(n, -1), sources, sampling).tolist())
+    assert set(counts) <= set(kept)
+    for token in kept:  # a grid of n points counts an interval's length to 1/n
+        assert counts[token] / n == pytest.approx(p[token].item() / mass, abs=1.5 / n)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(temperature):
+    """They end the run, and no token is made up."""
+    logits = torch.zeros(2, 7)
+    logits[1, 3] = torch.nan
+    with pytest.raises(RunError, match="not finite"):
+        choose(logits, [None, None], Sampling(temperature=temperature))
+
+
+def test_pieces_are_whole_characters_and_no_half_stop():
+    """What may still become a character or a stop string is held back."""
+    assert complete("caf\ufffd", ()) == 3
+    assert complete("caf\ufffd\ufffd", ("x",)) == 3
+    assert complete("one\n", ("\nclass",)) == 3
+    assert complete("one\ncla", ("\nclass", "a!")) == 3
+    assert complete("one\nclan", ("\nclass",)) == 8
+    assert complete("caf\ufffd", ("fé",)) == 2  # the character may become the rest of it

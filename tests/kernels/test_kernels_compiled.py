@@ -1,0 +1,143 @@
+"""The kernels compiled for sm_80 and sm_90 without a GPU: registers, shared memory, instructions.
+
+Every kernel in every configuration that is shipped: all head sizes in all types, and the heads of
+Llama 2. Triton keeps what it compiled, so that only a kernel that changed costs time (all of them
+about a minute on two cores). `python tests/test_kernels_compiled.py` prints the table.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+# The most shared memory of one block (CUDA C programming guide, table of compute capabilities): of
+# sm_90, and the least of those that run the configurations of sm_80 (sm_86, sm_89, sm_120).
+SHARED_MEMORY = {80: 99 << 10, 90: 227 << 10}
+SHAPES = [(32, 8, D, dtype) for dtype in ("bf16", "fp16", "fp32") for D in range(16, 129, 16)]
+LLAMA_2 = [(H, Hk, 128, "bf16") for H, Hk in ((32, 32), (40, 40), (64, 8))]  # 7B, 13B, 34B and 70B
+
+
+def compile_kernel(kernel, constants, pointers, integers, arch, options):
+    """What a kernel needs on a chip, and its PTX.
+
+    pointers: name -> type; integers: name -> whether it is a multiple of 16; the rest is constant.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    types = {p: f"*{kind}" for p, kind in pointers.items()} | dict.fromkeys(integers, "i32")
+    signature = {a: types.get(a, "constexpr") for a in kernel.arg_names}
+    aligned = {p for p in types if integers.get(p, True)}
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, a in enumerate(kernel.arg_names) if a in aligned
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [cuobjdump, "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # What does not fit into registers is spilled to the thread's stack.
+    need = {name.lower(): int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK")}
+    return need | {"shared_memory": compiled.metadata.shared}, compiled.asm["ptx"]
+
+
+def compile_attention(name, arch, H, Hk, D, dtype):
+    """One attention kernel as `blocks` ships it."""
+    import torch
+
+    from kernels import attention
+
+    kernel = getattr(attention, name)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    options = attention.blocks(kernel, kind, SHARED_MEMORY[arch])
+    constants = dict(H=H, Hk=Hk, D=D, BM=options.pop("BM"), BN=options.pop("BN"))
+    pointers = dict.fromkeys(("q", "k", "v", "out", "d_out", "dq", "dk", "dv"), dtype)
+    pointers |= dict(lse="fp32", delta="fp32", doc_start="i32", doc_end="i32")
+    need, ptx = compile_kernel(kernel, constants, pointers, {"T": False}, arch, options)
+    need["tensor_core_instructions"] = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
+    return {"kernel": name, "arch": arch, "H": H, "Hk": Hk, "D": D, "dtype": dtype} | need
+
+
+def compile_softmax(arch, dtype, gradient, V):
+    """The kernel of the loss."""
+    from kernels.cross_entropy import softmax_block, softmax_kernel
+
+    pointers = dict(logits="fp32", d_logits=dtype, labels="i64", d_nll="fp32", nll="fp32")
+    integers = dict(V=False, LOGITS_ROW=True, D_LOGITS_ROW=True)
+    options = softmax_block(V)
+    constants = dict(GRADIENT=gradient, BLOCK=options.pop("BLOCK"))
+    need, ptx = compile_kernel(softmax_kernel, constants, pointers, integers, arch, options)
+    # Loads and stores of logits, by their width in bytes; one load is that of the label's logit.
+    need["narrow"] = len(re.findall(r"(?:ld|st)\.global\.(?!v4|b64|v\d\.b64)", ptx))
+    need["wide"] = len(re.findall(r"(?:ld|st)\.global\.v4\.b32", ptx))
+    return dict(kernel="softmax_kernel", arch=arch, dtype=dtype, gradient=gradient, V=V) | need
+
+
+def print_table():
+    """One JSON line per kernel, chip and configuration."""
+    names = ("forward_kernel", "backward_q_kernel", "backward_kv_kernel")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [
+            pool.submit(compile_softmax, arch, dtype, gradient, V)
+            for arch in SHARED_MEMORY
+            for dtype in ("bf16", "fp16", "fp32")
+            for gradient in (True, False)
+            for V in (32000, 1000)
+        ]
+        rows += [
+            pool.submit(compile_attention, name, arch, *shape)
+            for arch in SHARED_MEMORY
+            for name in names
+            for shape in SHAPES + LLAMA_2
+        ]
+        for row in rows:
+            print(json.dumps(row.result()), flush=True)
+
+
+@pytest.fixture(scope="module")
+def table():
+    """All rows, compiled in a process whose Triton is not the interpreter."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(root)}
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_no_register_spills(table):
+    """Every value of every kernel stays in registers."""
+    assert [row for row in table if row["stack"]] == []
+
+
+def test_shared_memory_fits_the_chip(table):
+    """No kernel asks for more than one block may have."""
+    assert [row for row in table if row["shared_memory"] > SHARED_MEMORY[row["arch"]]] == []
+
+
+def test_products_run_on_tensor_cores(table):
+    """In 16 bits, every product of attention; fp32 is multiplied as fp32, which they cannot."""
+    sixteen = [row for row in table if "D" in row and row["dtype"] != "fp32"]
+    assert len(sixteen) == 2 * 3 * (2 * 8 + 3)
+    assert [row for row in sixteen if row["tensor_core_instructions"] == 0] == []
+
+
+def test_logits_move_sixteen_bytes_at_a_time(table):
+    """Where a block of them is long enough, for 1,024 threads: the loss is bound by memory."""
+    rows = [row for row in table if row.get("V") == 32000]
+    assert len(rows) == 2 * 3 * 2
+    assert [row for row in rows if row["wide"] == 0 or row["narrow"] > 4] == []
+
+
+if __name__ == "__main__":
+    print_table()

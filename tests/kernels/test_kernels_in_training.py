@@ -1,0 +1,148 @@
+"""Whole training steps by the kernels against whole training steps by the references.
+
+On a GPU the kernels run compiled, in bf16, under FSDP2, recomputation and torch.compile, as sft.py
+and dpo.py run them. Without one the same steps are taken in fp16 by Triton's interpreter.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo.utils
+
+import model as model_file
+from kernels.attention import attention_reference, attention_triton
+from kernels.cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_triton
+from model import Llama, LlamaConfig
+from training.parallel import shard, start
+from training.update import clip_gradients, make_optimizer
+
+GPU = torch.cuda.is_available()
+SIXTEEN = torch.bfloat16 if GPU else torch.float16
+pytestmark = pytest.mark.kernel
+CONFIG = LlamaConfig(
+    vocab_size=101,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    rms_norm_eps=1e-5,
+    rope_theta=10_000.0,
+    tie_word_embeddings=False,
+)
+LENGTHS = [37, 1, 99]  # one across the edge of a tile
+
+
+def use(monkeypatch, kind):
+    """Have model.py call the references, or the kernels as the device allows."""
+    if kind == "references":
+        monkeypatch.setattr(model_file, "attention", lambda *x: attention_reference(*x[:4]))
+        monkeypatch.setattr(
+            model_file,
+            "linear_cross_entropy",
+            lambda *x, uniform_gradient: linear_cross_entropy_reference(*x),
+        )
+    elif not GPU:  # where there is one, model.py calls them by itself
+        monkeypatch.setattr(model_file, "attention", attention_triton)
+        monkeypatch.setattr(model_file, "linear_cross_entropy", linear_cross_entropy_triton)
+        # The compiler of graphs, but not its C++.
+        graphs_only = functools.partial(torch.compile, backend="aot_eager")
+        monkeypatch.setattr(torch, "compile", graphs_only)
+
+
+def own(tensor):
+    """What this rank, the only one, has of a sharded tensor: all of it."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def two_steps(monkeypatch, kind, dtype, lengths=LENGTHS, uniform=True, **how):
+    """nll of two steps, as a list, and gradients of the first, as parameter name -> fp64."""
+    with monkeypatch.context() as patch:
+        use(patch, kind)
+        _, _, device = start()
+        with torch.device("meta"):
+            llama = Llama(CONFIG)
+        shard(llama, device, dtype, **how)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in llama.parameters():
+                values = 0.05 * torch.randn(parameter.shape, generator=generator)
+                own(parameter).copy_(values + (parameter.ndim == 1))
+        flags = SimpleNamespace(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
+        optimizer = make_optimizer(llama, flags)
+        T, lengths = sum(lengths), torch.tensor(lengths, dtype=torch.int64)
+        doc_start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        ids = torch.randint(CONFIG.vocab_size, (T,), generator=generator)
+        predict = torch.arange(0, T, 2)
+        weights = torch.full((len(predict),), 0.5)
+        if not uniform:  # as in DPO
+            weights = torch.randn(len(predict), generator=generator)
+        row = ids, doc_start.int(), predict, ids.roll(-1)[predict]
+        row, weights = [x.to(device) for x in row], weights.to(device)
+        losses, gradients = [], {}
+        for step in range(2):
+            nll = llama(*row, uniform_gradient=uniform)
+            losses.append(nll.detach().double().cpu())
+            (nll * weights).sum().backward()
+            if step == 0:
+                for name, parameter in llama.named_parameters():
+                    gradients[name] = own(parameter.grad).double().cpu()
+            clip_gradients(llama, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, gradients
+
+
+def assert_as_exact_as_references(monkeypatch, dtype, how, **case):
+    """The kernels' steps are no further from fp32 than the references' in the same type.
+
+    By norm, of the losses and of every gradient: twice that, for other orders of the same sums and
+    the rounding inside of attention, and a floor of one rounding.
+    """
+    exact = two_steps(monkeypatch, "references", torch.float32, **case)
+    same_type = two_steps(monkeypatch, "references", dtype, **case)
+    ours = two_steps(monkeypatch, "kernels", dtype, **case, **how)
+    (exact, same_type, ours) = (
+        {"first nll": nll[0], "second nll": nll[1], **gradients}
+        for nll, gradients in (exact, same_type, ours)
+    )
+    assert exact.keys() == ours.keys()
+    for name, e in exact.items():
+        allowed = 2 * (same_type[name] - e).norm() + torch.finfo(dtype).eps * e.norm()
+        error = (ours[name] - e).norm()
+        assert error <= allowed, f"{name}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+EVERYTHING = {"recompute": True, "compile": True}
+
+
+@pytest.mark.parametrize("how", [{}, EVERYTHING], ids=["eager", "compiled"])
+@pytest.mark.parametrize("uniform", [True, False], ids=["sft", "dpo"])
+def test_a_step_in_16_bits(uniform, how, monkeypatch):
+    """Under FSDP2, with recomputation and torch.compile or without."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert_as_exact_as_references(monkeypatch, SIXTEEN, how, uniform=uniform)
+    assert not counters["graph_break"]
+    assert (counters["stats"]["unique_graphs"] > 0) == bool(how)
+
+
+def test_recomputation_changes_no_bit(monkeypatch):
+    """Of losses and gradients: what is made twice is the same twice."""
+    plain = two_steps(monkeypatch, "kernels", SIXTEEN)
+    recomputed = two_steps(monkeypatch, "kernels", SIXTEEN, recompute=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain[0], recomputed[0], strict=True))
+    for name, gradient in plain[1].items():
+        assert torch.equal(gradient, recomputed[1][name]), name
+
+
+def test_a_row_without_tokens(monkeypatch):
+    """What a rank without work runs, so that all ranks run equally often: gradients of zero."""
+    torch._dynamo.reset()
+    losses, gradients = two_steps(monkeypatch, "kernels", SIXTEEN, [], **EVERYTHING)
+    assert [len(nll) for nll in losses] == [0, 0]
+    assert all(not gradient.any() for gradient in gradients.values())

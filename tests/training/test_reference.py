@@ -1,0 +1,220 @@
+"""logps.py: log-probabilities of answers against transformers', and the reference that is kept."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import dpo
+from data import Documents
+from harm import cut_short, flip_byte
+from model import Llama, LlamaConfig
+from pairs import loaded, their_logps
+from program.errors import RunError
+from tokens.records import encode_pair
+from training import reference as logps
+from training.parallel import start
+from training.reference import (
+    answer_logps,
+    read_reference,
+    reference_files,
+    reference_logps,
+    weights_key,
+    write_reference,
+)
+
+
+@pytest.fixture
+def pairs_alone(preferences, tmp_path):
+    """A copy of the pairs, in a folder of its own."""
+    (tmp_path / "data").mkdir()
+    return Path(shutil.copy(preferences, tmp_path / "data"))
+
+
+@pytest.fixture
+def reference(base, pairs_alone, tmp_path):
+    """`reference()`: computed or read as dpo.py does it, and the file it is kept in, if there."""
+    model, device = loaded(base)
+    documents = Documents([pairs_alone], base, 200, encode_pair, per_record=2)
+    config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)
+
+    def run():
+        found = reference_logps(model, documents, config, weights_key(base), device)
+        return found, next(pairs_alone.parent.glob("*.reference-*"), None)
+
+    return run
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often a model computed log-probabilities since."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return answer_logps(*args)
+
+    monkeypatch.setattr(logps, "answer_logps", counted)
+    return calls
+
+
+def test_packed_answers_have_transformers_log_probabilities(base, preferences):
+    """All pairs in one row give what transformers gives document by document."""
+    model, device = loaded(base)
+    documents = Documents([preferences], base, 200, encode_pair, per_record=2)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    pairs = np.array([3, 0, 18, 7])
+    with torch.no_grad():
+        ours = answer_logps(model, documents, pairs, device)
+        # Sums of up to some hundred fp32 terms of about 6.
+        torch.testing.assert_close(
+            ours, their_logps(theirs, documents, pairs), rtol=1e-5, atol=1e-3
+        )
+        assert answer_logps(model, documents, pairs[:0], device).shape == (0, 2)
+
+
+# ---- The reference is kept
+
+
+def test_a_second_run_computes_nothing_and_no_random_state_moves(reference, computed):
+    """The file beside the data is enough; it is whole, and nothing else appears there."""
+    state = torch.random.get_rng_state()
+    first, kept = reference()
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert first.shape == (19, 2) and first.isfinite().all() and computed
+    computed.clear()
+    again, _ = reference()
+    assert torch.equal(again, first) and not computed
+    names = sorted(path.name for path in kept.parent.iterdir())
+    assert len(names) == 3 and names[0] == "preferences.jsonl"  # the pairs, reference and tokens
+
+
+def test_a_computation_that_was_cut_short_goes_on(reference, computed):
+    """Pairs whose log-probabilities are not kept yet are computed, and the file completed."""
+    first, kept = reference()
+    half = first.clone()
+    half[7:] = math.nan
+    write_reference([kept], half)
+    computed.clear()
+    again, _ = reference()
+    assert torch.equal(again, first) and computed
+    assert torch.equal(read_reference([kept], None), first)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_short,
+        flip_byte,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-16]),  # of a pair less
+        lambda path: np.save(path.open("wb"), np.zeros((19, 2))),
+    ],
+    ids=["half", "one bit", "empty", "a pair less", "another format"],
+)
+def test_a_damaged_file_is_made_anew(reference, damage, capsys):
+    """Whatever stands there: a warning names it, and the right numbers come out."""
+    first, kept = reference()
+    damage(kept)
+    assert torch.equal(reference()[0], first)
+    assert f"warning: {kept} is damaged" in capsys.readouterr().err
+    assert torch.equal(read_reference([kept], None), first)
+
+
+def test_another_model_setting_or_data_is_another_file(base, pairs_alone, tmp_path):
+    """Weights, config.json, precision, length and pairs decide; names of folders do not."""
+
+    def name(folder=base, max_seq_len=200, dtype="float32", path=pairs_alone):
+        with torch.device("meta"):
+            model = Llama(LlamaConfig.from_folder(folder))
+        documents = Documents([path], folder, max_seq_len, encode_pair, per_record=2)
+        config = dpo.DPOConfig(
+            model=str(folder), out=str(tmp_path), max_seq_len=max_seq_len, dtype=dtype
+        )
+        return reference_files(model, documents, config, weights_key(folder))[0].name
+
+    start()
+    copy, weights, config = (shutil.copytree(base, tmp_path / x) for x in ("copy", "w", "c"))
+    flip_byte(weights / "model.safetensors")
+    fields = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(fields | {"rope_theta": 5000.0}))
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / pairs_alone.name
+    other.write_text("".join(pairs_alone.read_text().splitlines(True)[:-1]))
+    names = [name(), name(weights), name(config), name(max_seq_len=100), name(dtype="bfloat16")]
+    names.append(name(path=other))
+    assert len(set(names)) == len(names)
+    assert name(copy) == name()
+
+
+def test_runs_that_write_at_once(tmp_path):
+    """Two runs on the same data: whoever reads finds one of their files, whole."""
+    path, first = tmp_path / "reference", torch.zeros(5000, 2, dtype=torch.float64)
+    write_reference([path], first)
+
+    def write(number):
+        for _ in range(20):
+            write_reference([path], first + number)
+
+    with ThreadPoolExecutor() as pool:
+        writers = [pool.submit(write, number) for number in (1, 2)]
+        while not all(writer.done() for writer in writers):
+            found = read_reference([path], None)
+            assert found is not None and (found == found[0, 0]).all()
+    for writer in writers:
+        writer.result()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def refuse(monkeypatch, folder, number):
+    """From now on no file can be written in `folder`."""
+
+    def write_bytes(path, content):
+        if path.parent == folder:
+            raise OSError(number, os.strerror(number), str(path))
+        with open(path, "wb") as file:
+            return file.write(content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+
+
+def test_a_folder_that_cannot_be_written(reference, pairs_alone, tmp_path, monkeypatch, computed):
+    """Then the reference is kept in the output folder, and found there."""
+    refuse(monkeypatch, pairs_alone.parent, errno.EROFS)
+    first, kept = reference()
+    assert kept is None
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()][0].startswith(pairs_alone.name)
+    computed.clear()
+    assert torch.equal(reference()[0], first) and not computed
+
+
+def test_no_disk_takes_it(tmp_path, monkeypatch):
+    """An error says so, and nothing half made stays."""
+    refuse(monkeypatch, tmp_path, errno.ENOSPC)
+    with pytest.raises(RunError, match="could not be kept .*No space left on device"):
+        write_reference([tmp_path / "a", tmp_path / "b"], torch.zeros(1, 2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_log_probabilities_that_are_not_finite(base, reference, monkeypatch):
+    """They stop the run at once, not when the pair's turn comes, with the pair's name."""
+
+    def broken(model, documents, pairs, device):
+        return torch.where(torch.tensor(pairs == 4)[:, None], math.nan, torch.zeros(len(pairs), 2))
+
+    monkeypatch.setattr(logps, "answer_logps", broken)
+    with pytest.raises(RunError, match=r"1 of the first 19 pairs .* not finite.*:5 \(id p4\)"):
+        reference()
+    with contextlib.suppress(RunError):
+        reference()
+    monkeypatch.undo()
+    assert reference()[0].isfinite().all()
