@@ -217,7 +217,7 @@ class DataConfig:
 
 
 def main(flags):
-    from training.update import check_bounds  # it imports torch, which the workers need not
+    from program.flags import check_bounds
 
     config = DataConfig(**flags)
     if not config.model or not config.data:
@@ -298,6 +298,6 @@ def highlight(tokenizer, ids, trained):
 
 if __name__ == "__main__":
     with reported():
-        from training.update import parse_args
+        from program.flags import parse_args
 
         main(parse_args(DataConfig))

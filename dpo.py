@@ -29,8 +29,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sft
+from checkpoint.config import read_config
+from checkpoint.resume import resume_run, save_run
 from checkpoint.run_folder import append_record, check_output, lock_output, start_records
-from checkpoint.weights import find_tensors, load_hf, resume_run, save_hf, save_run
+from checkpoint.weights import find_tensors, load_hf, save_hf
 from data import (
     Documents,
     check_micro_tokens,
@@ -39,25 +41,25 @@ from data import (
     update_members,
 )
 from demo import tasks as demo
-from model import Llama, LlamaConfig
+from demo.compare import compare
+from model import Llama
 from program.errors import RunError, reported
+from program.flags import check_flags, parse_args, resolve, run_facts
+from program.ranks import start, sum_over_ranks, watch_signals
+from tokens.for_transformers import fast_tokenizer
 from tokens.records import encode_pair
-from tokens.tokenizer import Tokenizer, fast_tokenizer
-from training.parallel import shard, start, sum_over_ranks, watch_signals
+from tokens.tokenizer import Tokenizer
+from training.parallel import shard
 from training.reference import answer_logps, reference_logps, weights_key
 from training.update import (
     check_finite,
-    check_flags,
     clip_gradients,
     environment,
     learning_rate,
     make_optimizer,
     model_flops,
-    parse_args,
     peak_flops,
     peak_memory_gib,
-    resolve,
-    run_facts,
 )
 
 
@@ -166,7 +168,7 @@ def main(flags):
     # Everything that can be wrong is found before the first update, and before anything is written.
     check_flags(config)
     out, metrics = Path(config.out), Path(config.out) / "metrics.jsonl"
-    model_config = LlamaConfig.from_folder(config.model)
+    model_config = read_config(config.model)
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
     fast_tokenizer(tokenizer, Path(config.model) / "tokenizer.json")  # it is needed at the end
@@ -272,7 +274,7 @@ def main(flags):
     save_hf(model, tokenizer, config.model, out)
     say(f"{out}: the model for transformers and vLLM, and {metrics.name}")
     if is_demo and rank == 0:
-        demo.compare(config.model, out)
+        compare(config.model, out)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoint.run_folder import append_record, hold
-from checkpoint.weights import digest, own_share, weight_files
+from checkpoint.config import read_config
+from checkpoint.run_folder import append_record
+from checkpoint.weights import weight_files
 from decoding.generator import TextGenerator
-from demo import tasks as demo
+from demo.compare import newest_model
 from evals.harness import Options, Records
-from model import LlamaConfig
 from program.errors import InputError, reported
-from training.parallel import gather_lists, start
-from training.update import check_bounds, environment, parse_args
+from program.files import digest, hold
+from program.flags import check_bounds, parse_args
+from program.ranks import gather_lists, own_share, start
+from training.update import environment
 
 TASKS = (
     "mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "truthfulqa", "toxigen", "alpaca_eval",
@@ -123,7 +125,7 @@ def check(config, device):
     """The config with its defaults filled in; raises `InputError` for what makes no sense."""
     check_bounds(config)
     if config.model is None:
-        config = dataclasses.replace(config, model=str(demo.newest_model()))
+        config = dataclasses.replace(config, model=str(newest_model()))
     if config.tasks is None:
         config = dataclasses.replace(config, tasks=["demo"], data=config.data or "runs")
     unknown = [task for task in config.tasks if task not in TASKS]
@@ -143,7 +145,7 @@ def check(config, device):
 def run_of(config):
     """What decides the answers, for telling evaluations apart: weights and not paths."""
     folder = Path(config.model)
-    context = config.context or LlamaConfig.from_folder(folder).max_position_embeddings
+    context = config.context or read_config(folder).max_position_embeddings
     paths = [*weight_files(folder), folder / "config.json", folder / "tokenizer.model"]
     digests = gather_lists([digest(folder / name) for name in own_share(p.name for p in paths)])
     names = ("full", "chat", "mmlu_shots", "seed", "dtype")

@@ -28,18 +28,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import sft
-from checkpoint.run_folder import hold
+from checkpoint.config import read_config
 from checkpoint.weights import weight_files
 from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
-from demo import tasks as demo
-from model import LlamaConfig
+from demo.compare import newest_model
 from program.errors import InputError, reported
+from program.files import hold
+from program.flags import check_bounds, parse_args
+from program.ranks import gather_lists, start
 from tokens.readers import parse, read_batches
 from tokens.records import check_messages
 from tokens.tokenizer import Tokenizer
-from training.parallel import gather_lists, start
-from training.update import check_bounds, parse_args
 
 HELP = """/system TEXT   how the assistant should behave, from now on (without TEXT: nothing set)
 /reset         forget the conversation
@@ -119,10 +119,10 @@ def check_flags(config, world):
 def demo_model():
     """The demo's newest model, made first where there is none."""
     try:
-        return demo.newest_model()
+        return newest_model()
     except InputError:
         sft.main({})
-        return demo.newest_model()
+        return newest_model()
 
 
 # ---- Files of prompts
@@ -173,7 +173,7 @@ def prompt_ids(tokenizer, record, config):
 
 def encode_prompts(records, model, config):
     """Token ids of each record's prompt; raises `InputError` for one that fills the context."""
-    context = config.context or LlamaConfig.from_folder(model).max_position_embeddings
+    context = config.context or read_config(model).max_position_embeddings
     tokenizer = Tokenizer(model)
     prompts = [prompt_ids(tokenizer, record, config) for record in records]
     for record, ids in zip(records, prompts, strict=True):

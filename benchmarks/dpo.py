@@ -36,14 +36,17 @@ from benchmarks.loops import (
 )
 from benchmarks.measure import write
 from benchmarks.trl_trainer import trl_trainer
+from checkpoint.config import read_config
 from checkpoint.weights import load_hf
 from data import plan_rows, update_members
-from model import Llama, LlamaConfig
+from model import Llama
 from program.errors import InputError
+from program.flags import parse_args
+from program.ranks import start
 from tokens.records import encode_pair
-from training.parallel import shard, start
+from training.parallel import shard
 from training.reference import answer_logps, reference_logps, weights_key
-from training.update import clip_gradients, make_optimizer, model_flops, parse_args
+from training.update import clip_gradients, make_optimizer, model_flops
 
 PADDED = (1, 4, 16)  # pairs in one padded batch of the transformers loops
 # Log-probabilities of thousands in fp32 are 1e-4 off, of which the loss takes beta; Adam's first
@@ -83,7 +86,7 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as folder:
         documents = first_pairs(config, folder)
         make_model(config, folder)
-        shape = LlamaConfig.from_folder(folder)
+        shape = read_config(folder)
         ours = OurLoop(config, folder, documents)
         loops = {"ours": ours}
         for rows in PADDED:
@@ -113,7 +116,7 @@ class OurLoop:
     """What dpo.py does in one process, through the same functions."""
 
     def __init__(self, config, folder, documents):
-        self.config, self.shape, self.documents = config, LlamaConfig.from_folder(folder), documents
+        self.config, self.shape, self.documents = config, read_config(folder), documents
         self.device = torch.device("cpu")
         with torch.device("meta"):
             self.model = Llama(self.shape)

@@ -23,14 +23,15 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import write
+from checkpoint.config import config_from_dict
 from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals.harness import read_jsonl
-from model import Llama, LlamaConfig
+from model import Llama
 from program.errors import InputError
+from program.flags import parse_args
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import start
-from training.update import parse_args
 
 SHAPE = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
@@ -119,7 +120,7 @@ def models(config, shape, folder, device, dtype):
         theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
-        ours = Llama(LlamaConfig.from_dict(values)).to(dtype)
+        ours = Llama(config_from_dict(values)).to(dtype)
     ours.load_state_dict(theirs.state_dict(), assign=True)  # one copy of the weights for both
     return AsLong(ours, tokenizer), theirs
 

@@ -26,12 +26,15 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from benchmarks.measure import write
-from checkpoint.weights import load_hf, save_hf, sync
-from model import Llama, LlamaConfig
+from checkpoint.config import read_config
+from checkpoint.weights import load_hf, save_hf
+from model import Llama
 from program.errors import InputError
+from program.files import fsync
+from program.flags import parse_args
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import shard, start
-from training.update import parse_args
+from training.parallel import shard
 
 ROOT = Path(__file__).parent.parent
 # TinyLlama's shape, and one for tests.
@@ -95,7 +98,7 @@ def make_checkpoint(folder, shape):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(FIXED | shape))
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_folder(folder))
+        model = Llama(read_config(folder))
     shapes = {name: p.shape for name, p in model.named_parameters()}
     names, files, weight_map = list(shapes), 5, {}
     for k in range(files):
@@ -166,7 +169,7 @@ def measure_here(way, source, target, found):
         _, _, device = start()
         tokenizer = Tokenizer(source)
         with torch.device("meta"):
-            model = Llama(LlamaConfig.from_folder(source))
+            model = Llama(read_config(source))
     else:
         import transformers
 
@@ -186,7 +189,7 @@ def measure_here(way, source, target, found):
         else:
             model.save_pretrained(target)
             for path in Path(target).iterdir():
-                sync(path)  # as save_hf does
+                fsync(path)  # as save_hf does
     Path(found, os.environ.get("RANK", "0")).write_text(json.dumps(record))
     if name == "ours":
         dist.destroy_process_group()

@@ -20,8 +20,8 @@ from benchmarks.dpo import first_pairs
 from benchmarks.loops import HEADS, REAL, TOY, make_model
 from benchmarks.measure import write
 from program.errors import RunError
-from training.parallel import start
-from training.update import parse_args
+from program.flags import parse_args
+from program.ranks import start
 
 ROOT = Path(__file__).parent.parent
 UPDATES = 3

@@ -28,13 +28,16 @@ from benchmarks.loops import (
     take_turns,
 )
 from benchmarks.measure import write
+from checkpoint.config import read_config
 from checkpoint.weights import load_hf
 from data import encode_conversation, pack_row, plan_rows, update_members
 from kernels.cross_entropy import CPU_WORKSPACE
-from model import Llama, LlamaConfig
+from model import Llama
 from program.errors import InputError
-from training.parallel import shard, start
-from training.update import clip_gradients, learning_rate, make_optimizer, model_flops, parse_args
+from program.flags import parse_args
+from program.ranks import start
+from training.parallel import shard
+from training.update import clip_gradients, learning_rate, make_optimizer, model_flops
 
 PADDED = (4, 16)  # conversations in one padded batch of the transformers loops
 FP32_ROUNDING = 1e-5  # relative: sums of thousands of terms in another order, some updates on
@@ -69,7 +72,7 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as folder:
         documents = made_up(config) if config.toy else real(config, folder)
         make_model(config, folder)
-        shape = LlamaConfig.from_folder(folder)
+        shape = read_config(folder)
         loops = {"ours": OurLoop(config, folder), "its products": Products(config, shape)}
         for rows in PADDED:
             loops[f"transformers, {rows}"] = TheirLoop(config, folder, rows)
@@ -105,7 +108,7 @@ class OurLoop:
     """What sft.py does in one process, through the same functions."""
 
     def __init__(self, config, folder):
-        self.config, self.shape = config, LlamaConfig.from_folder(folder)
+        self.config, self.shape = config, read_config(folder)
         with torch.device("meta"):
             self.model = Llama(self.shape)
         shard(self.model, torch.device("cpu"), torch.float32)

@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.measure import Budget, doc_start_of, packed_lengths, write
 from model import Llama, LlamaConfig
+from program.ranks import start
 from training import update as training
-from training.parallel import shard, start
+from training.parallel import shard
 
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000,

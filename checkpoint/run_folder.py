@@ -3,14 +3,14 @@
 Read and written by sft.py and dpo.py; the model and the resumable state are checkpoint.py's.
 """
 
-import fcntl
+import contextlib
 import json
 import os
 import shutil
-import time
 from pathlib import Path
 
 from program.errors import InputError, RunError
+from program.files import hold, written_aside
 
 
 def check_output(folder, run, model, save_every):
@@ -65,44 +65,27 @@ def lock_output(folder, patience=15):
     return hold(os.open(folder, os.O_RDONLY), folder, patience)
 
 
-def hold(lock, path, patience=15):
-    """Lock an open file or folder, `path`, until this process ends; returns it, `lock`."""
-    until = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            if time.monotonic() > until:
-                raise InputError(f"--out {path}: another run is writing there") from None
-            time.sleep(0.2)
-        except OSError:  # a file system without locks
-            return lock
-
-
 def start_records(path, steps, record):
     """Begin metrics.jsonl with the start record, or go on with it after the update `steps`.
 
     The records of later updates, which a resumed run makes again, are dropped.
     """
     kept = [r for r in read_records(path) if r.get("step", 0) <= steps] if path.exists() else []
-    aside = path.with_name(path.name + ".partial")
-    write_records(aside, "w", [*kept, record])
-    os.replace(aside, path)
+    with log_errors(path), written_aside(path) as file:
+        file.writelines(json.dumps(r) + "\n" for r in [*kept, record])
 
 
 def append_record(path, record):
     """Add one line to metrics.jsonl."""
-    write_records(path, "a", [record])
+    with log_errors(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
 
 
-def write_records(path, mode, records):
+@contextlib.contextmanager
+def log_errors(path):
+    """A disk that refuses the log ends the run with one line."""
     try:
-        with open(path, mode, encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-            if mode == "w":
-                file.flush()
-                os.fsync(file.fileno())
+        yield
     except OSError as error:
         raise RunError(f"{path}: the log could not be written ({error.strerror})") from None
 

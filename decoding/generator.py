@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from checkpoint.config import read_config
 from checkpoint.weights import load_hf
 from decoding.cuda_graphs import STEP, GraphedStep
 from decoding.kv_cache import KVCache, SuffixPass, TokenPass, reading
 from decoding.sampling import choose, complete
-from model import Llama, LlamaConfig
+from model import Llama
 from program.errors import InputError
 from tokens.tokenizer import Tokenizer
 
@@ -67,7 +68,7 @@ class TextGenerator:
     @classmethod
     def from_folder(cls, folder, device, dtype, context=None, slots=16):
         """Load an HF folder whole onto `device` (one GPU must hold it); raises `InputError`."""
-        config, tokenizer = LlamaConfig.from_folder(folder), Tokenizer(folder)
+        config, tokenizer = read_config(folder), Tokenizer(folder)
         tokenizer.check_fits(config.vocab_size)
         with torch.device("meta"):
             model = Llama(config).to(dtype)

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from program.errors import InputError
+from program.ranks import gather_lists
 from tokens.readers import parse, read_batches
-from training.parallel import gather_lists
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import torch
 
+from checkpoint.config import read_config
 from checkpoint.weights import load_hf
-from model import Llama, LlamaConfig
-from training.parallel import shard, start
+from model import Llama
+from program.ranks import start
+from training.parallel import shard
 
 
 def message(role, content):
@@ -29,7 +31,7 @@ def loaded(folder):
     """Our model with a folder's weights, as the loop has it (one rank), and the device."""
     _, _, device = start()
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_folder(folder))
+        model = Llama(read_config(folder))
     shard(model, device, torch.float32)
     load_hf(model, folder)
     return model, device

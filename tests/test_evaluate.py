@@ -14,7 +14,7 @@ import evaluate
 from decoding.generator import TextGenerator
 from evals.harness import Options, mean_and_error, sample, seed_of
 from program.errors import InputError
-from training.update import parse_args
+from program.flags import parse_args
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import generate
 from decoding.generator import TextGenerator
 from program.errors import InputError
+from program.flags import parse_args
 from tokens.tokenizer import Tokenizer
-from training.update import parse_args
 
 ROOT = Path(__file__).parent.parent
 LINES = [

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
-from model import Llama, LlamaConfig, rotary_angles
+from checkpoint.config import config_from_dict, read_config
+from model import Llama, rotary_angles
 from program.errors import InputError
 
 TINY = {
@@ -45,7 +46,7 @@ def make_pair(changes):
     with torch.no_grad():  # as wide as a trained model's, norms other than one
         for name, parameter in theirs.named_parameters():
             parameter.normal_(1.0, 0.3) if "norm" in name else parameter.normal_(0, 0.15)
-    ours = Llama(LlamaConfig.from_dict(values))
+    ours = Llama(config_from_dict(values))
     weights = {n: p for n, p in theirs.state_dict().items()}
     if values["tie_word_embeddings"]:
         del weights["lm_head.weight"]
@@ -158,7 +159,7 @@ def test_positions_restart_in_every_document(monkeypatch):
 
 def test_rotary_angles_equal_the_formula():
     """cos and sin of position · theta^(-2i/D), in fp64 with the argument rounded to fp32."""
-    config = LlamaConfig.from_dict(TINY | {"head_dim": 8, "rope_theta": 500.0})
+    config = config_from_dict(TINY | {"head_dim": 8, "rope_theta": 500.0})
     positions = torch.tensor([0, 1, 5, 1000])
     cos, sin = rotary_angles(positions, config, torch.float32)
     i = torch.arange(4, dtype=torch.float64)
@@ -251,7 +252,7 @@ REAL = {
 def test_real_configs_are_accepted(name):
     """Every checkpoint of the paper has the right number of parameters, on the meta device."""
     values, parameters, theta = REAL[name]
-    config = LlamaConfig.from_dict(values)
+    config = config_from_dict(values)
     with torch.device("meta"):
         model = Llama(config)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -276,7 +277,7 @@ def test_real_configs_are_accepted(name):
 )
 def test_every_spelling_of_rope_is_read(rope, theta):
     """At the top level, in rope_parameters, absent, or null."""
-    assert LlamaConfig.from_dict(TINY | rope).rope_theta == theta
+    assert config_from_dict(TINY | rope).rope_theta == theta
 
 
 def test_configs_that_transformers_writes_are_read(tmp_path):
@@ -284,7 +285,7 @@ def test_configs_that_transformers_writes_are_read(tmp_path):
     for k, changes in enumerate(VARIANTS.values()):
         values = TINY | changes
         TheirConfig(**values).save_pretrained(tmp_path / str(k))
-        assert LlamaConfig.from_folder(tmp_path / str(k)) == LlamaConfig.from_dict(values)
+        assert read_config(tmp_path / str(k)) == config_from_dict(values)
 
 
 @pytest.mark.parametrize(
@@ -322,18 +323,18 @@ def test_configs_that_transformers_writes_are_read(tmp_path):
 def test_what_is_not_implemented_is_refused(changes):
     """Each field that would be computed wrongly, or makes no sense, is named with its value."""
     with pytest.raises(InputError, match=next(iter(changes))):
-        LlamaConfig.from_dict(TINY | changes, "the-path")
+        config_from_dict(TINY | changes, "the-path")
     with pytest.raises(InputError, match="^the-path: "):
-        LlamaConfig.from_dict(TINY | changes, "the-path")
+        config_from_dict(TINY | changes, "the-path")
 
 
 def test_unreadable_configs_are_refused(tmp_path):
     """No folder, no file, no JSON, no object."""
     with pytest.raises(InputError, match="no such folder"):
-        LlamaConfig.from_folder(tmp_path / "absent")
+        read_config(tmp_path / "absent")
     with pytest.raises(InputError, match="no such file"):
-        LlamaConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     for text, problem in (("{", "not JSON"), (json.dumps([TINY]), "found a JSON list")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(InputError, match=problem):
-            LlamaConfig.from_folder(tmp_path)
+            read_config(tmp_path)

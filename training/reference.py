@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint.weights import digest, own_share, weight_files
+from checkpoint.weights import weight_files
 from data import pack_row, plan_rows
 from program.errors import RunError, one_line
+from program.files import digest
+from program.ranks import gather_lists, own_share
 from tokens.token_cache import open_locked
-from training.parallel import gather_lists
 
 
 def answer_logps(model, documents, pairs, device):

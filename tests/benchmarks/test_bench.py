@@ -9,7 +9,7 @@ import torch
 
 import bench
 from benchmarks import dpo, generate, kernels, load, measure, memory, sft, step, table, tune
-from model import LlamaConfig
+from checkpoint.config import config_from_dict
 from pairs import message, pair, write
 from program.errors import InputError
 
@@ -166,7 +166,7 @@ def test_step_rehearsal(tmp_path):
     assert results["tokens"] == 256 and results["tokens_per_second"] > 0
 
 
-SHAPE = LlamaConfig.from_dict(
+SHAPE = config_from_dict(
     {
         "model_type": "llama",
         "vocab_size": 11,

@@ -13,8 +13,8 @@ import pytest
 
 import harm
 import sft
+from checkpoint.resume import saved_runs
 from checkpoint.run_folder import lock_output
-from checkpoint.weights import saved_runs
 from harm import (
     DELETE,
     FORKS,

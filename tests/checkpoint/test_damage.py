@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.resume import saved_runs
 from checkpoint.run_folder import append_record
-from checkpoint.weights import saved_runs
 from harm import (
     FSYNC,
     LAST,

@@ -8,16 +8,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpoint import weights as checkpoint
-from model import Llama, LlamaConfig
+from checkpoint.config import read_config
+from model import Llama
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import shard, start
+from training.parallel import shard
 
 
 def sharded(folder):
     """Our model with the weights of `folder`, as the loops have it (one rank)."""
     _, _, device = start()
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_folder(folder))
+        model = Llama(read_config(folder))
     shard(model, device, torch.float32)
     checkpoint.load_hf(model, folder)
     return model
@@ -99,7 +101,7 @@ def test_tied_embeddings_are_one_tensor(base, tmp_path):
 def test_plain_models_load_too(base):
     """generate.py and the demo read a folder without FSDP."""
     with torch.device("meta"):
-        model = Llama(LlamaConfig.from_folder(base))
+        model = Llama(read_config(base))
     checkpoint.load_hf(model.to_empty(device="cpu"), base)
     ids = torch.arange(7)
     assert torch.equal(logits(model, ids), logits(sharded(base), ids))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from demo import tasks as demo
+from demo.compare import report
 from dpo import DPOConfig
 from sft import SFTConfig
 from tokens.records import encode_conversation
@@ -168,7 +169,7 @@ def test_compare_counts_right_answers(folder):
     rows = read(folder, "held_out")
     right = [row["answer"] for row in rows]
     half = [demo.sentence(a) if k % 2 else "\ufffd\x00" for k, a in enumerate(right)]
-    text = demo.report(rows, half, right)
+    text = report(rows, half, right)
     rates = {line[:15].strip(): re.findall(r"[\d.]+%", line) for line in text.splitlines()}
     assert rates["all"] == ["50.0%", "100.0%"]
     assert rates["sort numbers"] == ["50.0%", "100.0%"]

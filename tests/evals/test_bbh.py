@@ -10,8 +10,8 @@ from decoding.generator import Completion
 from evals import bbh
 from evals.harness import Options, Records
 from program.errors import InputError
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import start
 
 CHAT, BASE, FULL = Options(), Options(chat=False), Options(full=True)
 SHOTS = "Do it.\n\nQ: a?\nA: So the answer is x.\n\nQ: b?\nA: So the answer is y.\n\nQ: c?\nA: z."

@@ -11,8 +11,8 @@ from decoding.generator import TextGenerator
 from evals import gsm8k
 from evals.harness import Options, Records
 from program.errors import InputError
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import start
 
 CHAT, BASE, FULL = Options(), Options(chat=False), Options(full=True)
 

@@ -14,8 +14,8 @@ from decoding.generator import Completion, TextGenerator
 from evals import alpaca_eval, mt_bench, toxigen
 from evals.harness import Options, Records
 from program.errors import InputError
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import start
 
 
 class Scripted:

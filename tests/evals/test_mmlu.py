@@ -11,8 +11,8 @@ from decoding.generator import TextGenerator
 from evals import mmlu
 from evals.harness import Options, Records
 from program.errors import InputError
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import start
 
 CHAT, BASE = Options(), Options(chat=False)
 HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]

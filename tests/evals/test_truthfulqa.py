@@ -12,8 +12,8 @@ from decoding.generator import TextGenerator
 from evals import truthfulqa
 from evals.harness import Options, Records
 from program.errors import InputError
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import start
 
 COLUMNS = ["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers"]
 ROWS = [

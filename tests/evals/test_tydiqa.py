@@ -9,8 +9,8 @@ from decoding.generator import Completion
 from evals import tydiqa
 from evals.harness import Options, Records
 from program.errors import InputError
+from program.ranks import start
 from tokens.tokenizer import Tokenizer
-from training.parallel import start
 
 CHAT, BASE, FULL = Options(), Options(chat=False), Options(full=True)
 

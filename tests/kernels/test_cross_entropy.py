@@ -11,7 +11,7 @@ from kernels.cross_entropy import (
     linear_cross_entropy_reference,
     linear_cross_entropy_triton,
 )
-from training.parallel import start
+from program.ranks import start
 
 GPU = torch.cuda.is_available()
 SIXTEEN = [torch.float16, torch.bfloat16] if GPU else [torch.float16]  # the interpreter lacks bf16

@@ -15,7 +15,8 @@ import model as model_file
 from kernels.attention import attention_reference, attention_triton
 from kernels.cross_entropy import linear_cross_entropy_reference, linear_cross_entropy_triton
 from model import Llama, LlamaConfig
-from training.parallel import shard, start
+from program.ranks import start
+from training.parallel import shard
 from training.update import clip_gradients, make_optimizer
 
 GPU = torch.cuda.is_available()

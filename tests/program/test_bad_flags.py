@@ -9,7 +9,7 @@ import data
 import sft
 from checkpoint import run_folder
 from program.errors import InputError
-from training.update import parse_args
+from program.flags import parse_args
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import dpo
 import sft
 from conftest import ROOT
-from training.update import parse_args
+from program.flags import parse_args
 
 TORCHRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" "" >> "$LOG"

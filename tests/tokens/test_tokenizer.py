@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from conftest import train_tokenizer
 from program.errors import InputError
-from tokens.tokenizer import Tokenizer, save_tokenizer
+from tokens.for_transformers import save_tokenizer
+from tokens.tokenizer import Tokenizer
 
 WHITE = "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B)))
 WHITE += "\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"  # the last two are not white to `str.strip`

@@ -15,14 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import dpo
+from checkpoint.config import read_config
 from data import Documents
 from harm import cut_short, flip_byte
-from model import Llama, LlamaConfig
+from model import Llama
 from pairs import loaded, their_logps
 from program.errors import RunError
+from program.ranks import start
 from tokens.records import encode_pair
 from training import reference as logps
-from training.parallel import start
 from training.reference import (
     answer_logps,
     read_reference,
@@ -135,7 +136,7 @@ def test_another_model_setting_or_data_is_another_file(base, pairs_alone, tmp_pa
 
     def name(folder=base, max_seq_len=200, dtype="float32", path=pairs_alone):
         with torch.device("meta"):
-            model = Llama(LlamaConfig.from_folder(folder))
+            model = Llama(read_config(folder))
         documents = Documents([path], folder, max_seq_len, encode_pair, per_record=2)
         config = dpo.DPOConfig(
             model=str(folder), out=str(tmp_path), max_seq_len=max_seq_len, dtype=dtype

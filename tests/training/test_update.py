@@ -10,17 +10,14 @@ from transformers import get_linear_schedule_with_warmup
 
 from model import Llama, LlamaConfig
 from program.errors import InputError, RunError
+from program.flags import check_flags, parse_args, resolve, run_facts
 from sft import SFTConfig
 from training.update import (
     check_finite,
-    check_flags,
     clip_gradients,
     learning_rate,
     make_optimizer,
     model_flops,
-    parse_args,
-    resolve,
-    run_facts,
     warmup_updates,
 )
 

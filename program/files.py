@@ -1,0 +1,113 @@
+"""Files that last: written whole or not at all, locked against other runs, known by a digest.
+
+Whatever is killed in the middle of a write leaves the old state or the new one, never a half.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+from program.errors import InputError
+
+
+@contextlib.contextmanager
+def written_aside(path, mode="w"):
+    """A new file that takes the name `path` when the block ends; after a failure nothing is left.
+
+    mode: "w" for UTF-8 text, "wb" for bytes.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(partial, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_aside(path):
+    """A new folder that takes the name `path`, and the place of what stood there, at the end."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(partial, path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fsync(path):
+    """Make a file, or the renames inside a folder, survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def digest(path):
+    """[bytes, SHA-256] of a file."""
+    sha, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+            size += len(block)
+    return [size, sha.hexdigest()]
+
+
+def whole_lines(path):
+    """The lines of a file, as bytes; a last one that a kill cut short is left out."""
+    content = Path(path).read_bytes()
+    return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def read_object(path):
+    """The JSON object that a file holds; raises `InputError` for any other content."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def lock(handle, patience=math.inf):
+    """Lock an open file or folder until it is closed; False where another process holds it.
+
+    patience: seconds to wait for that process.
+    """
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        except OSError:  # a file system without locks
+            return True
+
+
+def hold(handle, path, patience=15):
+    """Hold an output, `path`, until this process ends; raises `InputError` where another run does.
+
+    A run that was just killed may need a moment to die: `patience` seconds.
+    """
+    if not lock(handle, patience):
+        raise InputError(f"--out {path}: another run is writing there")
+    return handle

@@ -1,0 +1,132 @@
+"""Command-line flags: a frozen dataclass becomes a parser, its comments the help.
+
+Every script states its flags as one dataclass; this file parses, checks and compares them.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import math
+import os
+import re
+import types
+import typing
+
+from program.errors import InputError
+
+# Flag, whether the bounds themselves are allowed, and the bounds.
+BOUNDS = {
+    "epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "max_seq_len": (2, math.inf),
+    "lr": (0, math.inf),
+    "warmup_ratio": (0, 1),
+    "weight_decay": (0, math.inf),
+    "beta1": (0, 1),
+    "beta2": (0, 1),
+    "clip": (0, math.inf),
+    "beta": (0, math.inf),
+    "micro_tokens": (2, math.inf),
+    "max_steps": (0, math.inf),
+    "save_every": (0, math.inf),
+    "keep": (1, math.inf),
+    "seed": (0, 2**63),
+    "show": (0, math.inf),
+    "slots": (1, math.inf),
+    "context": (0, math.inf),
+    "mmlu_shots": (0, 5),
+    "temperature": (0, math.inf),
+    "top_p": (0, 1),
+    "max_new_tokens": (1, math.inf),
+}
+
+
+# How a run is carried out; it may be continued with other values. (The model is compared by its
+# real path, the data by their content.)
+HOW_NOT_WHAT = {
+    "model",
+    "data",
+    "out",
+    "micro_tokens",
+    "max_steps",
+    "save_every",
+    "keep",
+    "recompute",
+    "compile",
+}
+
+EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}
+
+
+def parse_args(config_class, argv=None):
+    """The flags given on the command line, as a dict; raises `InputError` for a bad one.
+
+    Every field of the dataclass is a flag, and the comment behind it is its help.
+    """
+    comments = dict(re.findall(r"^ +(\w+):.*?# (.+)$", inspect.getsource(config_class), re.M))
+    parser = argparse.ArgumentParser(
+        description=inspect.getmodule(config_class).__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+
+    def refuse(message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+    parser.error = refuse
+    for field in dataclasses.fields(config_class):
+        kind = field.type
+        if isinstance(kind, types.UnionType):  # `int | None`: None where the default depends
+            kind = typing.get_args(kind)[0]
+        options = {"type": kind, "metavar": kind.__name__.upper()}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is list:
+            options = {
+                "nargs": "+",
+                "action": "extend",  # `--data a b` and `--data a --data b` are the same
+                "metavar": {"tasks": "TASK", "stop": "TEXT"}.get(field.name, "PATH"),
+            }
+        default = "" if field.default is None else f" (default: {field.default})"
+        help = f"{comments[field.name]}{default}".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), help=help, **options)
+    return vars(parser.parse_args(argv))
+
+
+def check_flags(config):
+    """Raise `InputError` for a flag of sft.py or dpo.py whose value makes no sense."""
+    check_bounds(config)
+    if config.dtype not in ("bfloat16", "float32"):
+        raise InputError(f"--dtype is {config.dtype}, expected bfloat16 or float32")
+    if (config.model is None) != (config.data is None):
+        raise InputError("--model and --data go together (with neither, the demo runs)")
+
+
+def check_bounds(config):
+    """Raise `InputError` for a flag of any script that is out of its `BOUNDS`."""
+    for name, value in dataclasses.asdict(config).items():
+        if name not in BOUNDS:
+            continue
+        low, high = BOUNDS[name]
+        if not low <= value <= high or value == math.inf or value == EXCLUDED.get(name):
+            kind = "an integer" if isinstance(value, int) else "a number"
+            expected = f"{kind} from {low} " + ("up" if high == math.inf else f"to {high}")
+            if name in EXCLUDED:
+                expected += f", {EXCLUDED[name]} excluded"
+            raise InputError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+
+def resolve(config, device):
+    """The config with the defaults that depend on the device filled in."""
+    gpu = device.type == "cuda"
+    defaults = {"dtype": "bfloat16" if gpu else "float32", "recompute": gpu, "compile": gpu}
+    missing = {name: v for name, v in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+def run_facts(config):
+    """The flags that decide what a run computes, for telling runs apart."""
+    facts = dataclasses.asdict(config)
+    facts = {name: value for name, value in facts.items() if name not in HOW_NOT_WHAT}
+    return {"program": type(config).__name__, "model": os.path.realpath(config.model), **facts}
