@@ -8,6 +8,7 @@ Everything is written under another name and renamed when whole, so a kill leave
 state or the new one.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
 from program.errors import InputError
-from program.files import fsync
-from program.ranks import gather_lists, raise_together
+from program.files import digest, fsync
+from program.ranks import gather_lists, own_share, raise_together
 from tokens.for_transformers import save_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut them
@@ -83,6 +84,13 @@ def weight_files(folder):
         if not path.is_file():
             raise InputError(f"{path}: no such file, but {index.name} names it")
     return paths
+
+
+def weights_key(folder):
+    """Hash of the weights of an HF folder, each rank reading its share; every rank calls it."""
+    digests = {path.name: digest(path) for path in own_share(weight_files(Path(folder)))}
+    facts = json.dumps(sorted(gather_lists(list(digests.items()))))
+    return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def load_hf(model, folder):

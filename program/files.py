@@ -20,19 +20,21 @@ from program.errors import InputError
 def written_aside(path, mode="w"):
     """A new file that takes the name `path` when the block ends; after a failure nothing is left.
 
-    mode: "w" for UTF-8 text, "wb" for bytes.
+    mode: "w" for UTF-8 text, "wb" for bytes. Of several processes one writes at a time.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(partial, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with open_locked(partial):
+        try:
+            with open(partial, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -101,6 +103,17 @@ def lock(handle, patience=math.inf):
             time.sleep(0.2)
         except OSError:  # a file system without locks
             return True
+
+
+def open_locked(path):
+    """The file `path`, open and locked; its holder renames or unlinks it, then closes it."""
+    while True:
+        file = open(path, "ab")
+        lock(file)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        file.close()  # gone while we waited: others may hold a new file of that name
 
 
 def hold(handle, path, patience=15):

@@ -1,30 +1,14 @@
-"""What one update uses: flags, learning rate, AdamW, FLOPs, the metrics log.
+"""What one update is made of, besides its loss: learning rate, AdamW, clipping, and its figures.
 
-Leaves of sft.py and dpo.py: every function here is called and returns.
+Called by the loops, sft.py and dpo.py, in this order.
 """
 
 import math
-import platform
-import resource
-import sys
 
 import torch
 
 from program.errors import RunError
-
-# Dense bf16 peak of a GPU, FLOP/s, from the vendor's datasheets (without sparsity).
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
+from program.hardware import peak_flops, peak_memory_gib
 
 
 def warmup_updates(total, ratio):
@@ -83,27 +67,33 @@ def model_flops(config, lengths, predicted):
     return layers + 6 * V * E * int(predicted)
 
 
-def peak_flops(device):
-    """The GPU's dense bf16 peak in FLOP/s; None for a CPU or a GPU that the table lacks."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+def measurements(config, lengths, trained, seconds, device, world):
+    """What metrics.jsonl says of any update: tokens, speed, memory, and on a GPU its use, `mfu`.
 
-
-def peak_memory_gib(device):
-    """Most memory held so far: allocated on the GPU, or resident in this process on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    kilobytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes / 2**30
-
-
-def environment(device, world):
-    """Hardware and versions, for the log."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "device": gpu or f"{platform.processor() or platform.machine()} CPU",
-        "ranks": world,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+    config: of the model; lengths: tokens of the update's documents on all ranks; trained: how many
+    of the tokens. MFU is `model_flops` over what the GPUs could do at their peak.
+    """
+    tokens = int(lengths.sum())
+    record = {
+        "trained_tokens": int(trained),
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "peak_memory_gib": peak_memory_gib(device),
     }
+    if peak := peak_flops(device):
+        record["mfu"] = model_flops(config, lengths.ravel(), trained) / seconds / peak / world
+    return record
+
+
+def bar_text(record):
+    """The figures of a record of metrics.jsonl that the progress bar shows."""
+    formats = {
+        "loss": "loss {:.4f}",
+        "rewards/margins": "margin {:.3f}",
+        "rewards/accuracies": "accuracy {:.0%}",
+        "lr": "lr {:.2e}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "mfu": "MFU {:.1%}",
+    }
+    return ", ".join(text.format(record[name]) for name, text in formats.items() if name in record)

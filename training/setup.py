@@ -1,0 +1,80 @@
+"""What sft.py and dpo.py do before their loops: here everything that can be wrong is found."""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoint.config import read_config
+from checkpoint.run_folder import check_output, lock_output, start_records
+from checkpoint.weights import find_tensors, weights_key
+from data import Documents, check_micro_tokens
+from model import Llama
+from program.flags import check_flags, run_facts
+from program.hardware import environment
+from tokens.for_transformers import fast_tokenizer
+from tokens.tokenizer import Tokenizer
+
+
+@dataclass
+class Run:
+    """What a loop works on."""
+
+    out: Path  # the output folder
+    metrics: Path  # the log in it, one record an update
+    tokenizer: Tokenizer
+    model: Llama  # on the meta device: it has no memory yet
+    documents: Documents
+    facts: dict[str, Any]  # what tells this run from others: flags, hashes of data and weights
+    lock: Any  # held until this process ends, so that no other run writes to `out`
+
+
+def open_run(config, encode_record, pairs=False):
+    """Check flags, model, tokenizer, output folder and data, and return them as a `Run`.
+
+    encode_record: `encode_conversation` or, with pairs=True, `encode_pair`; then the model is also
+    the reference, and its weights are part of the facts. Raises `InputError` for whatever is
+    wrong; until then nothing is written but the token cache. Every rank calls it; rank 0 prints
+    what the data are.
+    """
+    check_flags(config)
+    out, rank = Path(config.out), dist.get_rank()
+    model_config = read_config(config.model)
+    tokenizer = Tokenizer(config.model)
+    tokenizer.check_fits(model_config.vocab_size)
+    fast_tokenizer(tokenizer, Path(config.model) / "tokenizer.json")  # it is needed at the end
+    with torch.device("meta"):
+        model = Llama(model_config)
+    find_tensors(model, config.model)
+    facts, lock = run_facts(config), None
+    if rank == 0:
+        check_output(out, facts, model, config.save_every)
+    documents = Documents(
+        config.data, config.model, config.max_seq_len, encode_record, out, 2 if pairs else 1
+    )
+    check_micro_tokens(documents, config.micro_tokens)
+    facts["data"] = documents.key
+    if pairs:
+        facts["weights"] = weights_key(config.model)
+    if rank == 0:
+        lock = lock_output(out)
+        check_output(out, facts, model, config.save_every)  # now that the data are known
+        print(documents.summary())
+        if len(documents) < config.batch_size:
+            print(
+                f"warning: {len(documents):,} {documents.kind} are fewer than --batch-size "
+                f"{config.batch_size:,}; an update takes them all, one an epoch",
+                file=sys.stderr,
+            )
+    return Run(out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock)
+
+
+def start_log(run, config, first, device):
+    """Begin metrics.jsonl, or go on with it after `first` updates; rank 0 calls it."""
+    record = {"event": "start", "config": dataclasses.asdict(config)}
+    record |= {"environment": environment(device, dist.get_world_size()), "run": run.facts}
+    start_records(run.metrics, first, record)
