@@ -14,53 +14,29 @@ appendix B; EasyLM llama_train_dpo.py.
 from program import threads  # noqa: F401, before torch
 
 # isort: split
-import dataclasses
 import math
-import shutil
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import sft
-from checkpoint.config import read_config
 from checkpoint.resume import resume_run, save_run
-from checkpoint.run_folder import append_record, check_output, lock_output, start_records
-from checkpoint.weights import find_tensors, load_hf, save_hf
-from data import (
-    Documents,
-    check_micro_tokens,
-    plan_rows,
-    update_count,
-    update_members,
-)
-from demo import tasks as demo
-from demo.compare import compare
-from model import Llama
+from checkpoint.run_folder import append_record
+from checkpoint.weights import load_hf, save_hf
+from data import plan_rows, update_count, update_members
+from demo import command as demo
 from program.errors import RunError, reported
-from program.flags import check_flags, parse_args, resolve, run_facts
+from program.flags import parse_args, resolve
 from program.ranks import start, sum_over_ranks, watch_signals
-from tokens.for_transformers import fast_tokenizer
 from tokens.records import encode_pair
-from tokens.tokenizer import Tokenizer
+from training import update
 from training.parallel import shard
-from training.reference import answer_logps, reference_logps, weights_key
-from training.update import (
-    check_finite,
-    clip_gradients,
-    environment,
-    learning_rate,
-    make_optimizer,
-    model_flops,
-    peak_flops,
-    peak_memory_gib,
-)
+from training.reference import answer_logps, reference_logps
+from training.setup import open_run, start_log
 
 
 @dataclass(frozen=True)
@@ -90,34 +66,31 @@ class DPOConfig:
     compile: bool | None = None  # torch.compile per block (default: on a GPU)
 
 
-# Means over an update's pairs, under the names that TRL gave them.
-METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-)
-
-
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
     """Loss and the two implicit rewards of each pair, all (n,), from summed log-probabilities (n,).
 
     L = -log sigmoid(beta * ((policy_chosen - reference_chosen)
                              - (policy_rejected - reference_rejected)))        (equation 7)
+
+    beta: 0.1 holds the policy near the reference, 0.5 nearer still.
     """
     chosen_rewards = beta * (policy_chosen - reference_chosen)
     rejected_rewards = beta * (policy_rejected - reference_rejected)
     return -F.logsigmoid(chosen_rewards - rejected_rewards), chosen_rewards, rejected_rewards
 
 
-def metric_sums(loss, chosen_rewards, rejected_rewards, logps):
-    """Sums over pairs of `METRICS`, fp64, in their order."""
+def pair_metrics(loss, chosen_rewards, rejected_rewards, policy_chosen, policy_rejected):
+    """What is logged of each pair, all (n,), under the names that TRL gave them."""
     margins = chosen_rewards - rejected_rewards
-    columns = (loss, chosen_rewards, rejected_rewards, margins, (margins > 0).double(), *logps.T)
-    return torch.stack([column.detach().double().sum() for column in columns])
+    return {
+        "loss": loss,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": margins > 0,
+        "logps/chosen": policy_chosen,
+        "logps/rejected": policy_rejected,
+    }
 
 
 def check_first_loss(step, loss, config):
@@ -134,150 +107,94 @@ def check_first_loss(step, loss, config):
         )
 
 
-def identical_answers(documents):
-    """How many pairs prefer an answer to itself: they are kept, and teach nothing."""
-    same_length = documents.lengths[::2] == documents.lengths[1::2]
-    pairs = np.flatnonzero(same_length).tolist()
-    return sum(np.array_equal(documents[2 * i][0], documents[2 * i + 1][0]) for i in pairs)
-
-
-def print_counts(documents, config):
-    """What the data are, with a warning where they do not make up an update."""
-    print(documents.summary())
-    print(f"{identical_answers(documents):,} pairs of identical answers")
-    if documents.records < config.batch_size:
-        print(
-            f"warning: {documents.records:,} pairs are fewer than --batch-size "
-            f"{config.batch_size:,}; an update takes them all, one an epoch",
-            file=sys.stderr,
-        )
-
-
 def main(flags):
     rank, world, device = start()
-    say = print if rank == 0 else lambda *_: None
-    if is_demo := not {"model", "data"} & flags.keys():
-        if not (Path(demo.SFT["out"]) / "config.json").is_file():
-            sft.main({})
-        if rank == 0:
-            shutil.rmtree(demo.DPO["out"], ignore_errors=True)
-        dist.barrier()
-        flags = demo.DPO | flags
     config = resolve(DPOConfig(**flags), device)
-
-    # Everything that can be wrong is found before the first update, and before anything is written.
-    check_flags(config)
-    out, metrics = Path(config.out), Path(config.out) / "metrics.jsonl"
-    model_config = read_config(config.model)
-    tokenizer = Tokenizer(config.model)
-    tokenizer.check_fits(model_config.vocab_size)
-    fast_tokenizer(tokenizer, Path(config.model) / "tokenizer.json")  # it is needed at the end
-    with torch.device("meta"):
-        model = Llama(model_config)
-    find_tensors(model, config.model)
-    run = run_facts(config)
-    if rank == 0:
-        check_output(out, run, model, config.save_every)
-    documents = Documents(config.data, config.model, config.max_seq_len, encode_pair, out, 2)
-    check_micro_tokens(documents, config.micro_tokens)
-    run |= {"data": documents.key, "weights": weights_key(config.model)}
-    if rank == 0:
-        lock = lock_output(out)  # noqa: F841, held until this process ends
-        check_output(out, run, model, config.save_every)  # again: what the lock's last holder left
-
-    pair_lengths = documents.record_lengths  # (n,) tokens of both documents
-    if rank == 0:
-        print_counts(documents, config)
-    per_epoch, total = update_count(len(pair_lengths), config.batch_size, config.epochs)
+    run = open_run(config, encode_pair, pairs=True)
+    documents, model = run.documents, run.model
+    _, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
+
     shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
     # Before any forward pass: after one under no_grad, parameters() may hold gathered copies.
-    optimizer = make_optimizer(model, config)
+    optimizer = update.make_optimizer(model, config)
+    # The model that training starts from is the reference, so it is loaded for a resumed run, too.
     load_hf(model, config.model)
-    references = reference_logps(model, documents, config, run["weights"], device)  # (n, 2)
-    first = resume_run(out, model, optimizer)
+    references = reference_logps(model, documents, config, run.facts["weights"], device)  # (n, 2)
+    first = resume_run(run.out, model, optimizer)
     if rank == 0:
-        record = {"event": "start", "config": dataclasses.asdict(config)}
-        record |= {"environment": environment(device, world), "run": run}
-        start_records(metrics, first, record)
-    say(
-        f"{total:,} updates of {config.batch_size} pairs, {per_epoch:,} an epoch"
-        + (f", continued after {first:,}" if first else "")
-    )
+        start_log(run, config, first, device)
 
-    peak = peak_flops(device)
-    signals, stop = watch_signals(), False
+    signals, stop = watch_signals(), False  # a signal is noted there, and obeyed after the update
     bar = tqdm(total=last, initial=first, unit="update", disable=rank > 0, dynamic_ncols=True)
     for step in range(first, last):
+        # The batch: the update's pairs, the same on all ranks, and this rank's rows of them.
         started = time.perf_counter()
-        epoch, pairs = update_members(len(pair_lengths), config.batch_size, config.seed, step)
-        members = np.stack([2 * pairs, 2 * pairs + 1], 1).ravel()
-        lengths, trained = documents.lengths[members], documents.trained_counts[members].sum()
-        hidden_size = model_config.hidden_size
-        rows = plan_rows(pair_lengths[pairs], world, config.micro_tokens, hidden_size)[rank]
+        epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
+        lengths, trained = documents.lengths[pairs], documents.trained_counts[pairs].sum()
+        hidden_size = model.config.hidden_size
+        rows = plan_rows(lengths.sum(1), world, config.micro_tokens, hidden_size)[rank]
 
-        sums = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+        # Forward, loss, backward: row by row. The loss is the mean over the update's pairs, all
+        # rows and ranks; FSDP divides by the ranks.
+        sums = torch.zeros(7, dtype=torch.float64, device=device)
         for row in rows:
-            logps = answer_logps(model, documents, pairs[row], device)  # (n, 2)
-            reference = references[pairs[row]].to(logps)
-            loss, *rewards = dpo_loss(*logps.T, *reference.T, config.beta)  # (n,)
-            # The mean over the update's pairs, all rows and ranks; FSDP divides by the ranks.
+            policy = answer_logps(model, documents, pairs[row], device)  # (n, 2)
+            policy_chosen, policy_rejected = policy.T
+            reference_chosen, reference_rejected = references[pairs[row]].to(policy).T
+            loss, *rewards = dpo_loss(
+                policy_chosen, policy_rejected, reference_chosen, reference_rejected, config.beta
+            )
             (loss.sum() * (world / len(pairs))).backward()
-            sums += metric_sums(loss, *rewards, logps)
-        grad_norm = clip_gradients(model, config.clip)
-        # One exchange an update: the metrics, and whether any rank was told to stop.
-        *means, stop = sum_over_ranks([*(sums / len(pairs)), len(signals)], device)
-        metric = dict(zip(METRICS, means, strict=True))
-        check_finite(step + 1, metric["loss"], grad_norm, documents, members)
-        check_first_loss(step, metric["loss"], config)
+            metrics = pair_metrics(loss, *rewards, policy_chosen, policy_rejected)
+            sums += torch.stack([values.detach().double().sum() for values in metrics.values()])
 
-        lr = learning_rate(step, total, config.lr, config.warmup_ratio)
+        # Clip. One exchange an update: the metrics, and whether any rank was told to stop.
+        grad_norm = update.clip_gradients(model, config.clip)
+        *means, stop = sum_over_ranks([*(sums / len(pairs)), len(signals)], device)
+        metrics = dict(zip(metrics, means, strict=True))
+        update.check_finite(step + 1, metrics["loss"], grad_norm, documents, pairs)
+        check_first_loss(step, metrics["loss"], config)
+
+        # The rate, and the step.
+        lr = update.learning_rate(step, total, config.lr, config.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
 
+        # Log.
         seconds = time.perf_counter() - started
-        record = {
-            "step": step + 1,
-            "epoch": epoch + 1,
-            **metric,
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "trained_tokens": int(trained),
-            "tokens": int(lengths.sum()),
-            "tokens_per_second": int(lengths.sum()) / seconds,
-            "seconds": seconds,
-            "peak_memory_gib": peak_memory_gib(device),
-        }
-        shown = (
-            f"loss {metric['loss']:.4f}, margin {metric['rewards/margins']:.3f}, "
-            f"accuracy {metric['rewards/accuracies']:.0%}, lr {lr:.2e}, "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-        )
-        if peak:
-            record["mfu"] = model_flops(model_config, lengths, trained) / seconds / peak / world
-            shown += f", MFU {record['mfu']:.1%}"
-        bar.set_postfix_str(shown, refresh=False)
+        record = {"step": step + 1, "epoch": epoch + 1, **metrics}
+        record |= {"lr": lr, "grad_norm": grad_norm}
+        record |= update.measurements(model.config, lengths, trained, seconds, device, world)
+        bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
         if rank == 0:
-            append_record(metrics, record)
+            append_record(run.metrics, record)
+
+        # Save.
         if stop or (config.save_every and (step + 1) % config.save_every == 0 and step + 1 < last):
-            save_run(out, step + 1, model, optimizer, config.keep)
+            save_run(run.out, step + 1, model, optimizer, config.keep)
         if stop:
             break
     bar.close()
     if stop:
-        say(f"stopped by a signal after update {step + 1:,}; the same command continues from there")
+        if rank == 0:
+            print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
         sys.exit(128 + (signals or [15])[0])
 
-    save_hf(model, tokenizer, config.model, out)
-    say(f"{out}: the model for transformers and vLLM, and {metrics.name}")
-    if is_demo and rank == 0:
-        compare(config.model, out)
+    save_hf(model, run.tokenizer, config.model, run.out)
+    if rank == 0:
+        print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")
 
 
 if __name__ == "__main__":
     with reported():
-        main(parse_args(DPOConfig))
+        flags = parse_args(DPOConfig)
+        if is_demo := demo.wanted(flags):
+            flags = demo.prepare_dpo() | flags
+        main(flags)
+        if is_demo:
+            demo.show_effect(flags)
         dist.destroy_process_group()

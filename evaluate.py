@@ -36,8 +36,8 @@ from evals.harness import Options, Records
 from program.errors import InputError, reported
 from program.files import digest, hold
 from program.flags import check_bounds, parse_args
+from program.hardware import environment
 from program.ranks import gather_lists, own_share, start
-from training.update import environment
 
 TASKS = (
     "mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "truthfulqa", "toxigen", "alpaca_eval",

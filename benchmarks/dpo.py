@@ -37,7 +37,7 @@ from benchmarks.loops import (
 from benchmarks.measure import write
 from benchmarks.trl_trainer import trl_trainer
 from checkpoint.config import read_config
-from checkpoint.weights import load_hf
+from checkpoint.weights import load_hf, weights_key
 from data import plan_rows, update_members
 from model import Llama
 from program.errors import InputError
@@ -45,7 +45,7 @@ from program.flags import parse_args
 from program.ranks import start
 from tokens.records import encode_pair
 from training.parallel import shard
-from training.reference import answer_logps, reference_logps, weights_key
+from training.reference import answer_logps, reference_logps
 from training.update import clip_gradients, make_optimizer, model_flops
 
 PADDED = (1, 4, 16)  # pairs in one padded batch of the transformers loops

@@ -1,18 +1,20 @@
-"""Train the demo's SFT model with the command that a user would type.
+"""What sft.py, dpo.py and generate.py do around themselves where they run the demo.
 
-dpo.py and generate.py go on from that model. Where it does not exist yet, they call `train_sft`, so
-neither of them imports sft.py.
+Every rank calls these functions; rank 0 does the work, and the others wait for it.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
+from demo import tasks
+from demo.compare import compare
 from program.errors import RunError
-from program.ranks import die_with_parent, gather_lists
+from program.ranks import die_with_parent, gather_lists, start
 
 SFT = Path(__file__).parent.parent / "sft.py"
 # What torchrun tells each rank (docs.pytorch.org/docs/stable/elastic/run.html). A child process
@@ -24,11 +26,42 @@ TORCHRUN = {
 }  # fmt: skip
 
 
-def train_sft():
-    """Run `python sft.py`, which trains the demo's model into `runs/demo/sft`.
+def wanted(flags):
+    """Whether the command line asks for the demo: it names neither model nor data."""
+    return not {"model", "data"} & flags.keys()
 
-    Every rank calls this function after `start`. Rank 0 runs the command and the others wait for
-    it. Raises `RunError` on every rank if the command fails.
+
+def prepare_sft():
+    """Make the base model and the data, remove an earlier result; the flags of the demo's SFT."""
+    rank, *_ = start()
+    if rank == 0:
+        tasks.make()
+        shutil.rmtree(tasks.SFT["out"], ignore_errors=True)
+    dist.barrier()
+    return tasks.SFT
+
+
+def prepare_dpo():
+    """Train SFT where it is missing, remove an earlier result; the flags of the demo's DPO."""
+    rank, *_ = start()
+    if not (Path(tasks.SFT["out"]) / "config.json").is_file():
+        train_sft()
+    if rank == 0:
+        shutil.rmtree(tasks.DPO["out"], ignore_errors=True)
+    dist.barrier()
+    return tasks.DPO
+
+
+def show_effect(flags):
+    """Print what held-out prompts get before and after a run of the demo with these flags."""
+    if dist.get_rank() == 0:
+        compare(flags["model"], flags["out"])
+
+
+def train_sft():
+    """Run `python sft.py`, the command that a user would type, so that nobody imports sft.py.
+
+    Raises `RunError` on every rank if the command fails.
     """
     status = []
     if dist.get_rank() == 0:

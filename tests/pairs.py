@@ -42,7 +42,7 @@ def their_logps(model, documents, pairs):
     rows = []
     for i in pairs:
         row = []
-        for ids, trained in (documents[2 * i], documents[2 * i + 1]):
+        for ids, trained in documents[i]:
             ids = torch.tensor(np.array(ids)).long()
             logps = model(ids[None]).logits[0, :-1].log_softmax(-1)
             picked = logps.gather(1, ids[1:, None])[:, 0]

@@ -216,14 +216,14 @@ def test_documents_are_what_the_tokenizer_makes(base, conversations):
     documents = Documents([conversations], base, 10_000, encode_conversation)
     tokenizer = Tokenizer(base)
     records = [json.loads(line) for line in conversations.read_text().splitlines()]
-    assert len(documents) == documents.records == 24
+    assert len(documents) == 24
     assert documents.truncated == documents.skipped == 0
     for i, record in enumerate(records):
         ids, trained = tokenizer.encode(record["messages"])
-        assert [a.tolist() for a in documents[i]] == [ids, trained]
+        assert [[a.tolist() for a in sequence] for sequence in documents[i]] == [[ids, trained]]
         assert documents.lengths[i] == len(ids) and documents.trained_counts[i] == sum(trained)
         answers = sum(m["role"] == "assistant" for m in record["messages"])
-        assert (documents.turns[i], documents.record_numbers[i]) == (answers, i + 1)
+        assert (documents.turns[i], documents.numbers[i]) == (answers, i + 1)
 
 
 @pytest.mark.parametrize("most", [2, 20, 57, 100])
@@ -238,13 +238,13 @@ def test_truncation_and_skipping_are_counted(base, conversations, most):
             Documents([conversations], base, most, encode_conversation)
         return
     documents = Documents([conversations], base, most, encode_conversation)
-    assert [tuple(a.tolist() for a in documents[i]) for i in range(len(documents))] == kept
-    assert documents.lengths.tolist() == [len(ids) for ids, _ in kept]
-    assert documents.trained_counts.tolist() == [sum(mask) for _, mask in kept]
+    assert [tuple(a.tolist() for a in sequence) for sequence in sequences_of(documents)] == kept
+    assert documents.lengths.tolist() == [[len(ids)] for ids, _ in kept]
+    assert documents.trained_counts.tolist() == [[sum(mask)] for _, mask in kept]
     assert documents.truncated == sum(len(ids) > most for ids, _ in full) > 0
     assert documents.skipped == 24 - len(kept)
     numbers = [k for k, (_, mask) in enumerate(full, 1) if any(mask[:most])]
-    assert documents.record_numbers.tolist() == numbers
+    assert documents.numbers[:, 0].tolist() == numbers
     assert f"{documents.truncated} truncated, {documents.skipped} without" in documents.summary()
 
 
@@ -258,20 +258,20 @@ def test_several_files_and_folders_are_one_data_set(base, tmp_path):
     documents = Documents([c, tmp_path / "folder"], base, 100, encode_conversation)
     tokenizer = Tokenizer(base)
     answers = [
-        tokenizer.decode([13, *ids[trained].tolist()]) for ids, trained in documents_in(documents)
+        tokenizer.decode([13, *ids[trained].tolist()]) for ids, trained in sequences_of(documents)
     ]
     assert [text[-len(w) :] for text, w in zip(answers, ("c", "a", "aa", "b"), strict=True)] == [
         "c", "a", "aa", "b"
     ]  # fmt: skip
-    assert (documents.records, documents.skipped) == (4, 1)
+    assert (len(documents), documents.skipped) == (4, 1)
     assert list(documents.names([0, 1, 2, 3])) == [
         f"{c}:1 (id of-c)", f"{a}:2 (id None)", f"{a}:6 (id None)", f"{b}:1 (id of-b)"
     ]  # fmt: skip
     assert list(documents.names([2])) == [f"{a}:6 (id None)"]
 
 
-def documents_in(documents):
-    return [documents[i] for i in range(len(documents))]
+def sequences_of(documents):
+    return documents.sequences(range(len(documents)))
 
 
 def test_the_key_is_of_the_contents(base, tmp_path):
@@ -293,7 +293,7 @@ def test_a_row_too_short_for_the_longest_document_is_refused(base, tmp_path):
     """With the number that would do, and where the document stands."""
     path = write(tmp_path / "a.jsonl", chat("q", "a"), chat("q", "long " * 20, id="it"))
     documents = Documents([path], base, 100, encode_conversation)
-    longest = documents.lengths[1]
+    longest = documents.lengths[1, 0]
     check_micro_tokens(documents, longest)
     with pytest.raises(InputError, match=rf"at least {longest}, .*a.jsonl:2 \(id it\)"):
         check_micro_tokens(documents, longest - 1)

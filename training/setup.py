@@ -12,7 +12,7 @@ import torch.distributed as dist
 from checkpoint.config import read_config
 from checkpoint.run_folder import check_output, lock_output, start_records
 from checkpoint.weights import find_tensors, weights_key
-from data import Documents, check_micro_tokens
+from data import Documents, check_micro_tokens, update_count
 from model import Llama
 from program.flags import check_flags, run_facts
 from program.hardware import environment
@@ -74,7 +74,12 @@ def open_run(config, encode_record, pairs=False):
 
 
 def start_log(run, config, first, device):
-    """Begin metrics.jsonl, or go on with it after `first` updates; rank 0 calls it."""
+    """Begin metrics.jsonl, or go on with it after `first` updates, and say so; rank 0 calls it."""
     record = {"event": "start", "config": dataclasses.asdict(config)}
     record |= {"environment": environment(device, dist.get_world_size()), "run": run.facts}
     start_records(run.metrics, first, record)
+    per_epoch, total = update_count(len(run.documents), config.batch_size, config.epochs)
+    print(
+        f"{total:,} updates of {config.batch_size} {run.documents.kind}, {per_epoch:,} an epoch"
+        + (f", continued after {first:,}" if first else "")
+    )

@@ -31,6 +31,7 @@ from harm import (
     torchrun,
 )
 from program.errors import InputError
+from training import setup
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_interrupted_before_the_first_update(flags, tmp_path):
 def test_two_runs_into_one_folder(flags, monkeypatch):
     """The second one is refused while the first one lives."""
     lock = lock_output(flags["out"])
-    monkeypatch.setattr(sft, "lock_output", functools.partial(lock_output, patience=0.1))
+    monkeypatch.setattr(setup, "lock_output", functools.partial(lock_output, patience=0.1))
     with pytest.raises(InputError, match="out: another run is writing there"):
         sft.main(flags)
     os.close(lock)

@@ -1,4 +1,4 @@
-"""logps.py: log-probabilities of answers against transformers', and the reference that is kept."""
+"""reference.py: log-probabilities against transformers', and the reference that is kept."""
 
 import contextlib
 import errno
@@ -16,20 +16,21 @@ from transformers import AutoModelForCausalLM
 
 import dpo
 from checkpoint.config import read_config
+from checkpoint.weights import weights_key
 from data import Documents
 from harm import cut_short, flip_byte
 from model import Llama
 from pairs import loaded, their_logps
+from program import files
 from program.errors import RunError
 from program.ranks import start
 from tokens.records import encode_pair
-from training import reference as logps
+from training import reference as reference_module
 from training.reference import (
     answer_logps,
     read_reference,
     reference_files,
     reference_logps,
-    weights_key,
     write_reference,
 )
 
@@ -64,7 +65,7 @@ def computed(monkeypatch):
         calls.append(args)
         return answer_logps(*args)
 
-    monkeypatch.setattr(logps, "answer_logps", counted)
+    monkeypatch.setattr(reference_module, "answer_logps", counted)
     return calls
 
 
@@ -179,13 +180,12 @@ def test_runs_that_write_at_once(tmp_path):
 def refuse(monkeypatch, folder, number):
     """From now on no file can be written in `folder`."""
 
-    def write_bytes(path, content):
-        if path.parent == folder:
+    def refusing_open(path, mode="r", **options):
+        if Path(path).parent == folder and mode != "r":
             raise OSError(number, os.strerror(number), str(path))
-        with open(path, "wb") as file:
-            return file.write(content)
+        return open(path, mode, **options)
 
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    monkeypatch.setattr(files, "open", refusing_open, raising=False)
 
 
 def test_a_folder_that_cannot_be_written(reference, pairs_alone, tmp_path, monkeypatch, computed):
@@ -212,7 +212,7 @@ def test_log_probabilities_that_are_not_finite(base, reference, monkeypatch):
     def broken(model, documents, pairs, device):
         return torch.where(torch.tensor(pairs == 4)[:, None], math.nan, torch.zeros(len(pairs), 2))
 
-    monkeypatch.setattr(logps, "answer_logps", broken)
+    monkeypatch.setattr(reference_module, "answer_logps", broken)
     with pytest.raises(RunError, match=r"1 of the first 19 pairs .* not finite.*:5 \(id p4\)"):
         reference()
     with contextlib.suppress(RunError):
