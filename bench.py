@@ -3,7 +3,7 @@
     python bench.py sft [flags]        prints its figures and writes results/sft.json
     python bench.py sft --help         lists the flags of that benchmark
 
-plot.py draws what results/ holds.
+plot.py draws the files of results/.
 """
 
 import importlib
@@ -15,12 +15,12 @@ from program.errors import InputError, reported
 
 
 def main(arguments):
-    found = {path.stem for path in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py")}
-    names = sorted(found - {"loops", "measure", "trl_trainer"})  # what they share
-    if not arguments or arguments[0] not in names:
-        name = arguments[0] if arguments else "nothing"
+    files = {path.stem for path in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py")}
+    names = sorted(files - {"inputs", "loops", "measure", "trl_trainer"})  # what they share
+    name = arguments[0] if arguments else "nothing"
+    if name not in names:
         raise InputError(f"bench.py: found {name}, expected one of {', '.join(names)}")
-    importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
+    importlib.import_module(f"benchmarks.{name}").main(arguments[1:])
 
 
 if __name__ == "__main__":

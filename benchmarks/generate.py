@@ -1,50 +1,40 @@
-"""Decoding speed of decoding.py beside transformers' generate, one after the other in each round:
+"""Decoding speed of decoding/ beside transformers' generate, one after the other in each round:
 
     python bench.py generate
 
-Same random weights, prompts and threads, greedy tokens (how many answers differ is printed; in fp32
-none), for one prompt at a time and for 16. Prompts are GSM8K's questions in chat format, and each
-answer ends after as many tokens as the data set's own has, so that both are as long, and as
-different in length, as real ones. transformers pads a batch's prompts on the left and goes on until
-its last answer has ended; here prompts are packed, and the next one takes the place of an answer
-that has ended. On a GPU the model has Llama 2 7B's shape, in bf16, and the share of the memory's
-bandwidth is printed: a step for one sequence must read every weight, and that bounds it.
+Default data: eval/gsm8k/test.jsonl, GSM8K's questions, as prompts in chat format. Same random
+weights, prompts and threads; greedy tokens (the number of answers that differ is printed; in fp32
+it is 0); one prompt at a time, and 16. Each answer ends after as many tokens as the data set's own
+has, so that the lengths vary as real ones do. transformers pads a batch's prompts on the left and
+goes on until its last answer has ended; here prompts are packed, and the next one takes the place
+of an answer that has ended. On a GPU the model has Llama 2 7B's shape, in bf16, and the share of
+the memory's bandwidth is printed: a step for one sequence must read every weight, and that bounds
+it.
 """
 
-import dataclasses
-import os
-import shutil
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from benchmarks import inputs
 from benchmarks.measure import write
 from checkpoint.config import config_from_dict
 from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals.harness import read_jsonl
 from model import Llama
-from program.errors import InputError
 from program.flags import parse_args
 from program.ranks import start
 from tokens.tokenizer import Tokenizer
 
-SHAPE = (
-    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
-    "num_key_value_heads",
-)  # fmt: skip
-CPU_SHAPE = dict(zip(SHAPE, (256, 4, 688, 4, 2), strict=True))  # that of bench.py sft
-GPU_SHAPE = dict(zip(SHAPE, (4096, 32, 11008, 32, 32), strict=True))  # Llama 2 7B
-TOY_SHAPE = dict(zip(SHAPE, (32, 2, 88, 4, 2), strict=True))
-# Bytes per second from memory, from the vendor's datasheets.
+# Bytes per second that a GPU reads from its memory, from the vendor's datasheets.
 BANDWIDTH = {"H100": 3.35e12, "H200": 4.8e12, "A100": 2.0e12}
 
 
-class AsLong(TextGenerator):
+class FixedLengths(TextGenerator):
     """Answers end after as many tokens as `lengths` says, and nowhere else."""
 
     def take(self, sequence, token, sampling):
@@ -53,24 +43,20 @@ class AsLong(TextGenerator):
 
 
 @dataclass(frozen=True)
-class GenerateBenchConfig:
+class GenerateBenchConfig(inputs.InputFlags):
     """Flags of `python bench.py generate`."""
 
-    data: str | None = None  # GSM8K's test.jsonl (default: of $TULU_DATA)
-    tokenizer: str | None = None  # folder of a tokenizer.model (default: Llama 2's of $TULU_DATA)
     prompts: int = 64  # the first of the file; one at a time an eighth of them
-    rounds: int = 5  # each loop once in every round, the one that begins changing
-    seed: int = 42  # of the weights
-    toy: bool = False  # a tiny model, to rehearse
+    rounds: int = 5  # in each of them both loops run once, taking turns to begin
     out: str = "results/generate.json"  # the figures
 
 
 def main(arguments):
-    """Measure, print the table, write the JSON file: its figures."""
+    """Measure, print the table, and write the JSON file; returns its figures."""
     config = GenerateBenchConfig(**parse_args(GenerateBenchConfig, arguments))
     _, _, device = start()
     gpu = device.type == "cuda"
-    shape = TOY_SHAPE if config.toy else GPU_SHAPE if gpu else CPU_SHAPE
+    shape = inputs.TOY if config.toy else inputs.LLAMA_2_7B if gpu else inputs.SMALL
     dtype = torch.bfloat16 if gpu else torch.float32
     with tempfile.TemporaryDirectory() as folder:
         prompts, lengths = first_questions(config, folder)
@@ -83,23 +69,19 @@ def main(arguments):
     gpu_name = torch.cuda.get_device_name(device) if gpu else ""
     bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in gpu_name), None)
     show(figures, sum(p.numel() for p in weights) * dtype.itemsize, bandwidth)
-    command = " ".join(["python bench.py generate", *arguments])
-    write(config.out, command, device, dtype=str(dtype).removeprefix("torch."), toy=config.toy,
-          model=shape | {"vocab_size": ours.model.config.vocab_size},
-          settings=dataclasses.asdict(config) | {"data": None, "tokenizer": None, "out": None},
-          figures=figures)  # fmt: skip
+    facts = {"dtype": str(dtype).removeprefix("torch."), "prompts": config.prompts}
+    facts |= {"model": shape | {"vocab_size": ours.model.config.vocab_size}, "seed": config.seed}
+    write("generate", config, arguments, device, **facts, figures=figures)
     return figures
 
 
 def first_questions(config, folder):
-    """Token ids of the first questions, and lengths of their answers; the tokenizer to `folder`."""
-    shared = Path(os.environ.get("TULU_DATA", "../shared/data"))
-    data = Path(config.data or shared / "eval/gsm8k/test.jsonl")
-    tokenizer = Path(config.tokenizer or shared / "llama2-tokenizer") / "tokenizer.model"
-    for path, flag in ((data, "--data"), (tokenizer, "--tokenizer")):
-        if not path.is_file():
-            raise InputError(f"{flag}: {path}: no such file")
-    shutil.copy(tokenizer, folder)
+    """Token ids of the first questions, and the numbers of tokens of their answers.
+
+    The tokenizer is copied to `folder`.
+    """
+    data = inputs.input_file(config.data, "eval/gsm8k/test.jsonl", "--data")
+    inputs.copy_tokenizer(config, folder)
     records = read_jsonl(data, ("question", "answer"))[: config.prompts]
     tokenizer = Tokenizer(folder)
     turns = [[{"role": "user", "content": record["question"]}] for record in records]
@@ -111,18 +93,16 @@ def models(config, shape, folder, device, dtype):
     """Our generator, and transformers' model, with the same random weights."""
     import transformers
 
-    tokenizer = Tokenizer(folder)
-    values = {"model_type": "llama", "vocab_size": tokenizer.vocab_size, "rms_norm_eps": 1e-5,
-              "max_position_embeddings": 2048, "hidden_act": "silu", **shape}  # fmt: skip
+    fields = inputs.model_fields(shape, folder)
     torch.manual_seed(config.seed)
     with torch.device(device):
         torch.set_default_dtype(dtype)
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values)).eval()
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
         torch.set_default_dtype(torch.float32)
     with torch.device("meta"):
-        ours = Llama(config_from_dict(values)).to(dtype)
+        ours = Llama(config_from_dict(fields)).to(dtype)
     ours.load_state_dict(theirs.state_dict(), assign=True)  # one copy of the weights for both
-    return AsLong(ours, tokenizer), theirs
+    return FixedLengths(ours, Tokenizer(folder)), theirs
 
 
 def compare(config, ours, theirs, prompts, batch):
@@ -183,7 +163,7 @@ def padded(model, prompts, lengths):
         mask[row, longest - len(prompt) :] = 1
     ends = longest + torch.tensor(lengths, device=model.device)
 
-    class AllAsLong(transformers.StoppingCriteria):
+    class AllLongEnough(transformers.StoppingCriteria):
         def __call__(self, input_ids, scores, **_):
             return input_ids.shape[1] >= ends
 
@@ -194,7 +174,7 @@ def padded(model, prompts, lengths):
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
-        stopping_criteria=transformers.StoppingCriteriaList([AllAsLong()]),
+        stopping_criteria=transformers.StoppingCriteriaList([AllLongEnough()]),
     )
     return [row[longest : longest + n].tolist() for row, n in zip(out, lengths, strict=True)]
 

@@ -2,15 +2,15 @@
 
 Attention on rows of 16k tokens: documents of equal length (dense), and of chat-like lengths with a
 mean of 490 and of 1,097 (the paper's figure for the Tulu V2 mixture). The loss at 7B's width.
-Inputs are random: zeros run about 13 % faster. Nothing is guessed: where another implementation is
-missing or fails, or the time is over, the reason stands in the file instead of figures. The most
-telling cases come first. At the end the tables of `bench.py table` are printed.
+Inputs are random: zeros run about 13 % faster. Where another implementation is missing or fails, or
+the time is over, the file says why instead of figures. The most telling cases come first. At the
+end the tables of `bench.py table` are printed.
 """
 
-import argparse
 import functools
 import inspect
 import itertools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks import table
 from benchmarks.measure import (
     Budget,
+    Unavailable,
     attention_flops,
     cross_entropy_flops,
     doc_start_of,
@@ -28,10 +29,8 @@ from benchmarks.measure import (
 )
 from kernels.attention import attention, attention_layout
 from kernels.cross_entropy import linear_cross_entropy
-
-
-class Unavailable(Exception):
-    """This machine or installation lacks the provider; the text says why."""
+from program.errors import InputError
+from program.flags import parse_args
 
 
 def ours(q, k, v, lengths):
@@ -71,13 +70,13 @@ def varlen(q, k, v, lengths):
     options = {"window_size": (-1, 0)}  # causal
     if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # not in torch 2.11
         options["enable_gqa"] = q.shape[1] != k.shape[1]
-    most = max(lengths)
-    return lambda: varlen_attn(q, k, v, ends, ends, most, most, **options), (q, k, v)
+    longest = max(lengths)
+    return lambda: varlen_attn(q, k, v, ends, ends, longest, longest, **options), (q, k, v)
 
 
 @functools.cache
 def compiled_flex():
-    """FlexAttention, compiled: anew for every shape of heads, not for every row."""
+    """FlexAttention, compiled; it compiles again for other shapes of heads, not for other rows."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)
@@ -90,10 +89,10 @@ def flex(q, k, v, lengths):
 
     doc_start = doc_start_of(lengths, q.device)
 
-    def seen(batch, head, i, j):
+    def visible(batch, head, i, j):
         return (doc_start[i] <= j) & (j <= i)
 
-    mask = create_block_mask(seen, None, None, len(q), len(q), device=q.device)
+    mask = create_block_mask(visible, None, None, len(q), len(q), device=q.device)
     x = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_() for t in (q, k, v)]
     gqa = q.shape[1] != k.shape[1]
     return lambda: compiled_flex()(*x, block_mask=mask, enable_gqa=gqa), x
@@ -155,7 +154,7 @@ def time_attention(provider, lengths, H, Hk, D, device, dtype):
 
 
 def three_products(hidden, weight, labels):
-    """Logits and both gradients as matrix products of all tokens: what nothing can beat."""
+    """Logits and both gradients as three matrix products, nothing else: the lower bound."""
     d_logits = torch.mm(hidden, weight.T)
     return torch.mm(d_logits, weight), torch.mm(d_logits.T, hidden)
 
@@ -221,7 +220,7 @@ def loss_cases(toy):
 def time_loss(provider, N, V, E, device, dtype):
     """Milliseconds of forward and backward, TFLOP/s by three products, and memory in MiB.
 
-    The peak is what is held beyond the inputs, the two gradients included, which are also given.
+    The peak is the memory beyond the inputs; it includes the two gradients, also given alone.
     """
     torch.manual_seed(0)
     hidden = torch.randn(N, E, device=device, dtype=dtype)
@@ -261,30 +260,28 @@ def jobs(toy, device, dtype):
     return first + loss_jobs + [job for job in attention_jobs if job not in first]
 
 
+@dataclass(frozen=True)
+class KernelsBenchConfig:
+    """Flags of `python bench.py kernels`."""
+
+    toy: bool = False  # tiny sizes, to rehearse on CPU
+    minutes: float = 8.0  # no measurement begins after them
+    out: str = "results/kernels.json"  # the figures
+
+
 def main(arguments):
     """Measure, print a line each, and write the JSON file."""
-    parser = argparse.ArgumentParser(prog="bench.py kernels", description=__doc__)
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, to rehearse on CPU")
-    parser.add_argument("--minutes", type=float, default=8, help="stop then (default: %(default)s)")
-    parser.add_argument("--out", default="results/kernels.json", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    budget = Budget(options.minutes)
+    config = KernelsBenchConfig(**parse_args(KernelsBenchConfig, arguments))
+    budget = Budget(config.minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not options.toy:
-        parser.error("there is no GPU here (rehearse with --toy)")
+    if device.type == "cpu" and not config.toy:
+        raise InputError("bench.py kernels needs a GPU, and found none (rehearse with --toy)")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results = {"attention": [], "cross_entropy": []}
-    for kind, case, name, measure in jobs(options.toy, device, dtype):
-        try:
-            result = {"skipped": "out of time"} if budget.spent() else measure()
-        except Exception as error:  # of one of the others, which must not end the comparison
-            text = str(error).strip().splitlines() or [""]
-            kind_of_error = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
-            result = {"skipped": f"{kind_of_error}{text[0][:200]}"}
+    for kind, case, name, measure in jobs(config.toy, device, dtype):
+        result = budget.measure(measure)
         results[kind].append(case | {"provider": name} | result)
         print(f"{budget.seconds():4.0f} s", *case.values(), name, result, flush=True)
-    command = " ".join(["python bench.py kernels", *arguments])
-    seconds = budget.seconds()
-    results = {"dtype": str(dtype), "toy": options.toy, "seconds": seconds, **results}
-    write(options.out, command, device, **results)
-    print(*table.tables(results), *table.aims(results), sep="\n")
+    facts = {"dtype": str(dtype), "seconds": budget.seconds()}
+    record = write("kernels", config, arguments, device, **facts, **results)
+    print(*table.tables(record), *table.aims(record), sep="\n")

@@ -1,12 +1,12 @@
-"""Reading and writing a made-up Llama of 1.1 B parameters, beside transformers, on CPU:
+"""Loading and saving a made-up Llama of 1.1 B parameters, beside transformers, on CPU:
 
     python bench.py load --tokenizer DIR
 
 Ours: load_hf into FSDP2 shards (fp32) on 2 ranks and save_hf (bf16). transformers: from_pretrained
 and save_pretrained in one process, in fp32 and in bf16. Every measurement is a process of its own
-(Linux): wall time, and the most memory above what it held before, as the kernel counted it (VmHWM)
-and without pages mapped from files (RssAnon, sampled). The bound is a rank's own shards and one
-tensor. All read from the page cache, and all are synced to the disk.
+(Linux): wall time, and the peak of memory beyond what it held before, as the kernel counts it
+(VmHWM) and without pages mapped from files (RssAnon, sampled). The bound is a rank's own shards and
+one tensor. All of them read from the page cache, and all end with fsync.
 """
 
 import json
@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from benchmarks import inputs
 from benchmarks.measure import write
 from checkpoint.config import read_config
 from checkpoint.weights import load_hf, save_hf
 from model import Llama
-from program.errors import InputError
 from program.files import fsync
 from program.flags import parse_args
 from program.ranks import start
@@ -37,21 +37,7 @@ from tokens.tokenizer import Tokenizer
 from training.parallel import shard
 
 ROOT = Path(__file__).parent.parent
-# TinyLlama's shape, and one for tests.
-REAL = {
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
-    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64,
-}  # fmt: skip
-TOY = {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-}  # fmt: skip
-FIXED = {
-    "model_type": "llama",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4,
-    "tie_word_embeddings": False,
-}
+TOY = inputs.shape(64, 172, 3, 4, 2)  # a few tensors for each of the checkpoint's files
 WAYS = ("ours", "transformers float32", "transformers bfloat16")
 
 
@@ -61,7 +47,7 @@ class LoadBenchConfig:
 
     tokenizer: str | None = None  # folder of a tokenizer.model (default: Llama 2's of $TULU_DATA)
     ranks: int = 2  # of ours
-    rounds: int = 3  # of everything, one way after another; the fastest and the largest count
+    rounds: int = 3  # of all ways; the shortest time and the most memory of them count
     toy: bool = False  # a tiny model, to rehearse
     out: str = "results/load.json"  # the figures
 
@@ -69,15 +55,12 @@ class LoadBenchConfig:
 def main(arguments):
     """Measure, print the table, and write the JSON file."""
     config = LoadBenchConfig(**parse_args(LoadBenchConfig, arguments))
-    shared = Path(os.environ.get("TULU_DATA", "../shared/data"))
-    tokenizer = Path(config.tokenizer or shared / "llama2-tokenizer") / "tokenizer.model"
-    if not tokenizer.is_file():
-        raise InputError(f"--tokenizer: {tokenizer}: no such file")
-    rounds = []
+    shape, rounds = TOY if config.toy else inputs.TINY_LLAMA, []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "source"
-        sizes = make_checkpoint(source, TOY if config.toy else REAL)
-        shutil.copy(tokenizer, source)
+        source.mkdir()
+        inputs.copy_tokenizer(config, source)
+        sizes = make_checkpoint(source, shape)
         for _ in range(config.rounds):
             rounds.append({way: run(way, config.ranks, source, Path(folder)) for way in WAYS})
     figures = {way: best([r[way] for r in rounds]) for way in WAYS}
@@ -87,36 +70,34 @@ def main(arguments):
         "largest_tensor_fp32_mb": 4 * max(sizes) / 1e6,
     }
     show(figures, bound, sum(sizes), config.ranks)
-    command = " ".join(["python bench.py load", *arguments])
-    model = {**(TOY if config.toy else REAL), "parameters": sum(sizes)}
-    write(config.out, command, torch.device("cpu"), model=model, ranks=config.ranks, **bound,
-          toy=config.toy, rounds=config.rounds, figures=figures)  # fmt: skip
+    facts = {"model": shape | {"parameters": sum(sizes)}, "ranks": config.ranks}
+    facts |= {"rounds": config.rounds, **bound, "figures": figures}
+    write("load", config, arguments, torch.device("cpu"), **facts)
 
 
 def make_checkpoint(folder, shape):
-    """Random bf16 weights in five safetensors files with an index; the sizes of all tensors."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(FIXED | shape))
+    """Write random bf16 weights in five safetensors files; returns the sizes of all tensors."""
+    (folder / "config.json").write_text(json.dumps(inputs.model_fields(shape, folder)))
     with torch.device("meta"):
         model = Llama(read_config(folder))
     shapes = {name: p.shape for name, p in model.named_parameters()}
     names, files, weight_map = list(shapes), 5, {}
     for k in range(files):
         file_name = f"model-{k + 1:05}-of-{files:05}.safetensors"
-        own = names[k * len(names) // files : (k + 1) * len(names) // files]
-        tensors = {name: torch.randn(shapes[name], dtype=torch.bfloat16) / 50 for name in own}
+        part = names[k * len(names) // files : (k + 1) * len(names) // files]
+        tensors = {name: torch.randn(shapes[name], dtype=torch.bfloat16) / 50 for name in part}
         save_file(tensors, folder / file_name, {"format": "pt"})
-        weight_map |= dict.fromkeys(own, file_name)
+        weight_map |= dict.fromkeys(part, file_name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return [shape.numel() for shape in shapes.values()]
 
 
 def run(way, ranks, source, folder):
-    """Load and save once, in processes of their own: what `measure_here` of each rank found."""
-    words = ["benchmarks.load", way, source, folder / "saved", folder / "found"]
-    shutil.rmtree(folder / "found", ignore_errors=True)
-    (folder / "found").mkdir()
+    """Load and save once, in processes of their own; returns the record of each rank."""
+    words = ["benchmarks.load", way, source, folder / "saved", folder / "records"]
+    shutil.rmtree(folder / "records", ignore_errors=True)
+    (folder / "records").mkdir()
     launcher = ["-m"]
     if way == "ours":
         launcher += ["torch.distributed.run", "--nproc_per_node", ranks, "--module"]
@@ -125,11 +106,11 @@ def run(way, ranks, source, folder):
     if done.returncode != 0:
         raise RuntimeError(f"{way}: {done.stderr[-2000:]}")
     shutil.rmtree(folder / "saved")
-    return [json.loads(path.read_text()) for path in (folder / "found").iterdir()]
+    return [json.loads(path.read_text()) for path in (folder / "records").iterdir()]
 
 
 def best(rounds):
-    """Of some rounds' records of each rank: the least time and the most memory of any rank."""
+    """The least time of a round, and the most memory of any rank in any of them."""
     figures = {}
     for phase in ("load", "save"):
         of_rounds = [[rank[phase] for rank in round_] for round_ in rounds]
@@ -162,8 +143,8 @@ def show(figures, bound, parameters, ranks):
 # ---- In the measured process
 
 
-def measure_here(way, source, target, found):
-    """Load and save in this process, a rank or alone; its figures go to a file in `found`."""
+def measure_here(way, source, target, records):
+    """Load and save in this process, alone or a rank; its record goes to the folder `records`."""
     name, *dtype = way.split()
     if name == "ours":
         _, _, device = start()
@@ -190,15 +171,15 @@ def measure_here(way, source, target, found):
             model.save_pretrained(target)
             for path in Path(target).iterdir():
                 fsync(path)  # as save_hf does
-    Path(found, os.environ.get("RANK", "0")).write_text(json.dumps(record))
+    Path(records, os.environ.get("RANK", "0")).write_text(json.dumps(record))
     if name == "ours":
         dist.destroy_process_group()
 
 
 @contextmanager
 def watched(record, phase, before):
-    """Add the block's wall time, and its peak of memory beyond `before`, to `record`."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    """Add the block's wall time and its peak memory beyond `before` to `record`."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     anonymous, over = [status()["RssAnon"]], threading.Event()
 
     def sample():

@@ -1,4 +1,4 @@
-"""What every benchmark shares: times, FLOPs as pure functions, the record of where it ran."""
+"""What every benchmark shares: clocks, FLOPs as pure functions, the results file."""
 
 import contextlib
 import json
@@ -19,8 +19,8 @@ import torch
 def milliseconds(function, device):
     """Median time of one call.
 
-    On a GPU by events, after a warm-up. Before each call the L2 cache is emptied, and a pause lets
-    the host run ahead, so that neither a warm cache nor the launching of small kernels is timed.
+    On a GPU by events, after a warm-up. Before each call the L2 cache is emptied and the GPU pauses
+    while the host runs ahead, so that neither a warm cache nor the launch of small kernels counts.
     """
     if device.type == "cuda":
         return milliseconds_on_gpu(function)
@@ -53,7 +53,7 @@ def milliseconds_on_gpu(function, total=150, fewest=7, most=50):
 
 
 class Budget:
-    """A limit on the time of a whole benchmark: what would begin after it is left out."""
+    """A limit on the time of a whole benchmark: measurements do not begin after it."""
 
     def __init__(self, minutes):
         self.limit, self.begin = 60 * minutes, time.monotonic()
@@ -65,6 +65,25 @@ class Budget:
     def spent(self):
         """Whether the time is over."""
         return self.seconds() > self.limit
+
+    def measure(self, function):
+        """What `function()` returns, or the reason why it returned nothing, as a dict.
+
+        One failure must not end a comparison.
+        """
+        if self.spent():
+            return {"skipped": "out of time"}
+        try:
+            return function()
+        except Exception as error:
+            reason = next(iter(str(error).strip().splitlines()), "")[:200]
+            if not isinstance(error, Unavailable):
+                reason = f"{type(error).__name__}: {reason}"
+            return {"skipped": reason}
+
+
+class Unavailable(Exception):
+    """What this machine or installation lacks; the text says so."""
 
 
 def attention_flops(lengths, H, D):
@@ -82,8 +101,8 @@ def packed_lengths(mean, total, seed=0):
     """Lengths of documents that fill a row of `total` tokens, spread like chats about their mean.
 
     Log-normal with sigma 0.9: the quantiles of as many documents as have this mean, so that a
-    single row is typical, to scale and in random order. What the whole tokens leave, the longest
-    document takes.
+    single row is typical, scaled to the row, and in random order. The longest document takes the
+    tokens that rounding leaves.
     """
     count = max(1, round(total / mean))
     chances = (torch.arange(count, dtype=torch.float64) + 0.5) / count
@@ -95,31 +114,38 @@ def packed_lengths(mean, total, seed=0):
 
 
 def doc_start_of(lengths, device):
-    """doc_start (T,) int32 of documents of these lengths, laid end to end."""
+    """doc_start (T,) int32 of documents of these lengths, end to end in one row."""
     lengths = torch.tensor(lengths)
     return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).int().to(device)
 
 
-def write(path, command, device, **content):
-    """A JSON file of results with the hardware, versions, commit, command and date they are of."""
+def write(name, flags, arguments, device, **content):
+    """Write the results of `python bench.py NAME [arguments]` to `flags.out`, as JSON.
+
+    Hardware, versions, commit, command and date go with them; returns all of it.
+    """
+    command = " ".join(["python bench.py", name, *arguments])
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        # Of paths only the last name: where this machine keeps its files is of no use elsewhere.
+        # Paths lose their folders: where this machine keeps its files is of no use elsewhere.
         "command": re.sub(r"(?<=[ =])/(\S*/)?", "", command),
         "commit": commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
+        "toy": flags.toy,
         **content,
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path = Path(flags.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
+    return record
 
 
 def commit():
-    """The commit that runs, with a + where files were changed since; None outside git."""
+    """The commit that runs, with a + where files differ from it; None without git."""
     command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -131,14 +157,14 @@ def commit():
 def cpu_name():
     """The processor as Linux names it."""
     info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
-    return f"{found[1].strip() if found else 'CPU'} ({platform.machine()})"
+    model = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    return f"{model[1].strip() if model else 'CPU'} ({platform.machine()})"
 
 
 def versions():
     """Python, CUDA, and the packages that are installed."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for name in ("torch", "triton", "transformers", "trl", "safetensors", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions

@@ -2,10 +2,11 @@
 
     python bench.py memory --data FILE --tokenizer DIR
 
-The two answers of every pair are two conversations for sft.py and one pair for dpo.py: the same
-documents in one row, with the same trained tokens. dpo.py runs twice, since only its first run
-computes the reference's log-probabilities; no second model is in memory in either. Of three
-updates the second is the first in which weights, gradients, both moments and activations meet.
+Default data: prefs/alpaca_eval_tulu2_13b.jsonl. The two answers of every pair are two conversations
+for sft.py and one pair for dpo.py: the same documents in one row, with the same trained tokens.
+dpo.py runs twice, since only its first run computes the reference's log-probabilities; no second
+model is in memory in either. Of three updates the second is the first in which weights, gradients,
+both moments and activations meet.
 """
 
 import json
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.dpo import first_pairs
-from benchmarks.loops import HEADS, REAL, TOY, make_model
+from benchmarks.inputs import InputFlags, make_model
 from benchmarks.measure import write
 from program.errors import RunError
 from program.flags import parse_args
@@ -28,15 +29,11 @@ UPDATES = 3
 
 
 @dataclass(frozen=True)
-class MemoryBenchConfig:
+class MemoryBenchConfig(InputFlags):
     """Flags of `python bench.py memory`."""
 
-    data: str | None = None  # pairs (default: alpaca_eval_tulu2_13b.jsonl of $TULU_DATA)
-    tokenizer: str | None = None  # folder of a tokenizer.model (default: Llama 2's of $TULU_DATA)
     pairs: int = 16  # the first of the file, all of them in one row
     max_seq_len: int = 512  # tokens of prompt and answer; a longer one is cut on the right
-    seed: int = 42  # of the weights
-    toy: bool = False  # a tiny model, to rehearse
     out: str = "results/memory.json"  # the figures
 
 
@@ -46,10 +43,10 @@ def main(arguments):
     _, _, device = start()
     with tempfile.TemporaryDirectory() as folder:
         documents = first_pairs(config, folder)
-        make_model(config, folder)
+        model = make_model(config, folder)
         pairs, conversations = Path(folder) / "data.jsonl", Path(folder) / "conversations.jsonl"
         conversations.write_text(answers_as_conversations(pairs), encoding="utf-8")
-        n, row = len(documents) // 2, int(documents.lengths.sum())
+        n, row = len(documents), int(documents.lengths.sum())
         runs = {
             "sft.py": run("sft.py", config, folder, conversations, 2 * n, row),
             "dpo.py, which computes the reference": run("dpo.py", config, folder, pairs, n, row),
@@ -59,10 +56,8 @@ def main(arguments):
     print(f"one row of {row:,} tokens, {trained:,} of them trained")
     for name, peaks in runs.items():
         print(f"{name:42}{max(peaks):8.3f} GiB")
-    command = " ".join(["python bench.py memory", *arguments])
     facts = {"pairs": n, "row_tokens": row, "trained_tokens": trained}
-    model = {**(TOY if config.toy else REAL), **HEADS}
-    write(config.out, command, device, toy=config.toy, model=model, **facts, peak_gib=runs)
+    write("memory", config, arguments, device, model=model, **facts, peak_gib=runs)
 
 
 def answers_as_conversations(pairs):
@@ -81,7 +76,8 @@ def run(program, config, folder, data, batch_size, row):
         for name, value in flags.items():
             command += [f"--{name}", str(value)]
         # glibc keeps freed blocks of up to 32 MB for later, in pieces that do not always fit again.
-        # Told to give back all of a megabyte, what is resident is what is in use.
+        # With this setting it gives back every block from 1 MB up: resident memory is memory in
+        # use.
         environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:

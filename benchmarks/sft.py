@@ -1,65 +1,47 @@
-"""Training speed of sft.py's loop beside a plain transformers loop, one update of each in turn:
+"""Training speed of sft.py beside a plain transformers loop, one update of each in turn:
 
     python bench.py sft --data FILE --tokenizer DIR
 
-Same initial weights, conversations, order, fused AdamW, clipping and threads; the losses must agree
-update by update. The transformers loop is the usual one: batches of 4 (or 16) conversations padded
-to their longest, labels of -100 where nothing is trained, gradients accumulated over the update and
-divided by its trained tokens. Beside them the matrix products of our loop and nothing else: what
-any loop of this arithmetic must take. CPU time is shown too, for machines that do other work.
+Default data: sft/code_alpaca_gsm8k.jsonl. Same initial weights, conversations, order, rates, fused
+AdamW, clipping and threads; the losses must agree update by update. The transformers loop is the
+usual one: batches of 4 (or 16) conversations padded to the longest, labels of -100 where nothing is
+trained, gradients accumulated over the update and divided by its trained tokens. Beside them the
+matrix products of our loop and nothing else: any loop of this arithmetic takes at least as long.
+CPU time is shown too, for machines that do other work.
 """
 
+import functools
 import tempfile
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from benchmarks.loops import (
-    HEADS,
-    REAL,
-    TOY,
-    figures,
-    first_documents,
-    make_model,
-    pad,
-    padded_flops,
-    show,
-    take_turns,
-)
+import sft
+from benchmarks import inputs, loops
 from benchmarks.measure import write
 from checkpoint.config import read_config
-from checkpoint.weights import load_hf
-from data import encode_conversation, pack_row, plan_rows, update_members
+from data import plan_rows
 from kernels.cross_entropy import CPU_WORKSPACE
-from model import Llama
 from program.errors import InputError
 from program.flags import parse_args
 from program.ranks import start
-from training.parallel import shard
-from training.update import clip_gradients, learning_rate, make_optimizer, model_flops
+from tokens.records import encode_conversation
+from training.update import model_flops
 
 PADDED = (4, 16)  # conversations in one padded batch of the transformers loops
 FP32_ROUNDING = 1e-5  # relative: sums of thousands of terms in another order, some updates on
 
 
 @dataclass(frozen=True)
-class SFTBenchConfig:
+class SFTBenchConfig(inputs.InputFlags):
     """Flags of `python bench.py sft`."""
 
-    data: str | None = None  # conversations (default: code_alpaca_gsm8k.jsonl of $TULU_DATA)
-    tokenizer: str | None = None  # folder of a tokenizer.model (default: Llama 2's of $TULU_DATA)
     conversations: int = 480  # the first of the file
     batch_size: int = 32  # conversations in one update
     micro_tokens: int = 16384  # most tokens in one forward pass of our loop
     lr: float = 1e-3  # peak learning rate: high, so that wrong gradients would show in the losses
     warmup_ratio: float = 0.1  # share of all updates
-    weight_decay: float = 0.0  # of AdamW
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95  # of AdamW
-    clip: float = 1.0  # largest global norm of the gradients
-    seed: int = 42  # of the weights and of the order
-    toy: bool = False  # a tiny model on made-up tokens, to rehearse
     out: str = "results/sft.json"  # the figures
 
 
@@ -69,104 +51,43 @@ def main(arguments):
     _, _, device = start()
     if device.type != "cpu":
         raise InputError("bench.py sft compares on CPU, and found a GPU; see bench.py step")
+    default, n = "sft/code_alpaca_gsm8k.jsonl", config.conversations
     with tempfile.TemporaryDirectory() as folder:
-        documents = made_up(config) if config.toy else real(config, folder)
-        make_model(config, folder)
+        documents = inputs.first_documents(config, default, n, folder, 8192, encode_conversation)
+        model = inputs.make_model(config, folder)
         shape = read_config(folder)
-        loops = {"ours": OurLoop(config, folder), "its products": Products(config, shape)}
+        flags = {name: getattr(config, name) for name in ("batch_size", "micro_tokens", "seed")}
+        flags |= {"lr": config.lr, "warmup_ratio": config.warmup_ratio, "epochs": 1}
+        flags |= {"model": folder, "data": [f"{folder}/data.jsonl"], "out": f"{folder}/out"}
+        others = {"its products": Products(shape, documents, config.micro_tokens)}
         for rows in PADDED:
-            loops[f"transformers, {rows}"] = TheirLoop(config, folder, rows)
-        updates = measure(config, documents, loops)
-    found = summarise(documents, shape, updates)
-    show(found, "trained_tokens")
-    products = found["loops"]["its products"]
+            loss = functools.partial(conversations_loss, documents)
+            others[f"transformers, {rows}"] = loops.PaddedLoop(sft.SFTConfig(**flags), rows, loss)
+        updates = loops.run_in_turns(sft, flags, others)
+    flops = functools.partial(loop_flops, shape)
+    figures = loops.figures(updates, documents, flops, "trained_tokens", warm_up=1)
+    loops.show(figures, "trained_tokens")
+    products = figures["loops"]["its products"]
     print(
         f"Our matrix products alone take {products['time_to_ours']:.0%} of our time "
         f"({products['cpu_time_to_ours']:.0%} of CPU time)."
     )
-    command = " ".join(["python bench.py sft", *arguments])
-    model = {**(TOY if config.toy else REAL), **HEADS}
-    write(config.out, command, device, dtype="float32", toy=config.toy, model=model, **found)
-    if not found["largest_loss_difference"] < FP32_ROUNDING:
-        raise AssertionError(f"losses differ by {found['largest_loss_difference']:.1e} of them")
+    write("sft", config, arguments, device, dtype="float32", model=model, **figures)
+    loops.check_losses(figures, FP32_ROUNDING)
 
 
-def real(config, folder):
-    """The first conversations of the file."""
-    default, n = "sft/code_alpaca_gsm8k.jsonl", config.conversations
-    return first_documents(config, default, n, folder, 8192, encode_conversation)
-
-
-def made_up(config):
-    """Random conversations, a third of each trained, in the form of `Documents`."""
-    draw = np.random.default_rng(config.seed)
-    lengths = draw.integers(8, 40, config.conversations)
-    return [(draw.integers(3, TOY["vocab_size"], n), np.arange(n) >= n - n // 3) for n in lengths]
-
-
-class OurLoop:
-    """What sft.py does in one process, through the same functions."""
-
-    def __init__(self, config, folder):
-        self.config, self.shape = config, read_config(folder)
-        with torch.device("meta"):
-            self.model = Llama(self.shape)
-        shard(self.model, torch.device("cpu"), torch.float32)
-        self.optimizer = make_optimizer(self.model, config)
-        load_hf(self.model, folder)
-
-    def update(self, documents, lr):
-        """One update on `documents`: the loss."""
-        lengths = np.array([len(ids) for ids, _ in documents])
-        trained = sum(np.count_nonzero(mask) for _, mask in documents)
-        nll_sum = torch.zeros((), dtype=torch.float64)
-        for row in plan_rows(lengths, 1, self.config.micro_tokens, self.shape.hidden_size)[0]:
-            arrays = pack_row([documents[i] for i in row])
-            batch = {name: torch.from_numpy(a) for name, a in arrays.items()}
-            nll = self.model(**batch, uniform_gradient=True)  # (N,)
-            (nll.sum() * (1 / trained)).backward()
-            nll_sum += nll.detach().sum()
-        clip_gradients(self.model, self.config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return (nll_sum / trained).item()
-
-
-class TheirLoop:
-    """Plain transformers: `rows` conversations in a padded batch, LlamaForCausalLM's own loss."""
-
-    def __init__(self, config, folder, rows):
-        import transformers
-
-        self.config, self.rows = config, rows
-        self.model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        self.model.train()
-        self.optimizer = make_optimizer(self.model, config)
-
-    def update(self, documents, lr):
-        """One update on `documents`: the loss."""
-        trained = sum(np.count_nonzero(mask) for _, mask in documents)
-        total = 0.0
-        for i in range(0, len(documents), self.rows):
-            batch = pad(documents[i : i + self.rows])
-            # transformers' loss is then the sum over the batch divided by that number.
-            out = self.model(**batch, num_items_in_batch=int(trained), use_cache=False)
-            out.loss.backward()
-            total += out.loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return total
+def conversations_loss(documents, model, batch, members):
+    """LlamaForCausalLM's own loss of a padded batch, as its share of the update's."""
+    # It divides the sum over the batch by the number that is given.
+    trained = int(documents.trained_counts[members].sum())
+    padded = loops.pad(documents.sequences(batch))
+    return model(**padded, num_items_in_batch=trained, use_cache=False).loss
 
 
 class Products:
-    """The matrix products of `OurLoop`'s updates, with the same sizes and nothing around them."""
+    """The matrix products of sft.py's updates, with the same sizes and nothing around them."""
 
-    def __init__(self, config, shape):
+    def __init__(self, shape, documents, micro_tokens):
         E, F, V = shape.hidden_size, shape.intermediate_size, shape.vocab_size
         q, kv = (
             heads * shape.head_dim
@@ -174,22 +95,24 @@ class Products:
         )
         self.layers = [(E, q), (E, kv), (E, kv), (q, E), (E, F), (E, F), (F, E)]
         self.layers *= shape.num_hidden_layers
-        self.config, self.hidden_size, self.head = config, E, (E, V)
+        self.documents, self.micro_tokens = documents, micro_tokens
+        self.hidden_size, self.head = E, (E, V)
         self.head_rows = max(1, CPU_WORKSPACE // (4 * V))
-        rows = {width: config.micro_tokens for width in (E, q, kv, F)} | {V: self.head_rows}
+        rows = {width: micro_tokens for width in (E, q, kv, F)} | {V: self.head_rows}
         self.inputs = {width: torch.randn(n, width) for width, n in rows.items()}
         self.outputs = {width: torch.empty(n, width) for width, n in rows.items()}
         weights = {*self.layers, self.head}
         self.weights = {(n_in, n_out): torch.randn(n_out, n_in) for n_in, n_out in weights}
         self.gradients = {key: torch.empty_like(weight) for key, weight in self.weights.items()}
 
-    def update(self, documents, lr):
+    def update(self, members, lr):
         """The products of one update."""
-        lengths = [len(ids) for ids, _ in documents]
-        for row in plan_rows(lengths, 1, self.config.micro_tokens, self.hidden_size)[0]:
+        lengths = self.documents.lengths[members].sum(1)
+        trained_counts = self.documents.trained_counts[members].sum(1)
+        for row in plan_rows(lengths, 1, self.micro_tokens, self.hidden_size)[0]:
             for layer in self.layers:
-                self.products(sum(lengths[i] for i in row), *layer)
-            trained = sum(np.count_nonzero(documents[i][1]) for i in row)
+                self.products(lengths[row].sum(), *layer)
+            trained = trained_counts[row].sum()
             for i in range(0, trained, self.head_rows):
                 self.products(min(self.head_rows, trained - i), *self.head)
 
@@ -205,43 +128,13 @@ class Products:
         torch.mm(dy.T, x, out=self.gradients[n_in, n_out])
 
 
-def measure(config, documents, loops):
-    """One `Update` after another."""
-    total, updates = len(documents) // config.batch_size, []
-    for step in range(total):
-        _, members = update_members(len(documents), config.batch_size, config.seed, step)
-        lr = learning_rate(step, total, config.lr, config.warmup_ratio)
-        chosen = [documents[i] for i in members]
-        updates.append(take_turns(loops, step, members, chosen, lr))
-    return updates
-
-
-# ---- Figures
-
-
-def loop_flops(name, shape, lengths, trained):
-    """FLOPs that the loop of that name does in an update."""
+def loop_flops(shape, name, lengths, trained):
+    """FLOPs of the loop of that name in an update of documents of these lengths."""
     if name.startswith("transformers"):
-        return padded_flops(shape, lengths, int(name.split()[-1]))
-    attention = 6 * sum(n * n for n in lengths) * shape.num_attention_heads * shape.head_dim
-    without = 0 if name == "ours" else shape.num_hidden_layers * attention
-    return model_flops(shape, lengths, trained) - without
-
-
-def summarise(documents, shape, updates):
-    """The figures of all loops, and the tokens that they are of."""
-
-    def tokens(members):
-        return [len(documents[i][0]) for i in members]
-
-    def trained(members):
-        return sum(int(np.count_nonzero(documents[i][1])) for i in members)
-
-    def flops(name, members):
-        return loop_flops(name, shape, tokens(members), trained(members))
-
-    return {
-        "tokens": sum(sum(tokens(update.members)) for update in updates),
-        "trained_tokens": sum(trained(update.members) for update in updates),
-        **figures(updates, flops, "trained_tokens", trained, warm_up=1),
-    }
+        return loops.padded_flops(shape, lengths, int(name.split()[-1]))
+    flops = model_flops(shape, lengths, trained)
+    if name == "its products":  # without attention's
+        squares = int((np.asarray(lengths, np.int64) ** 2).sum())
+        width = shape.num_attention_heads * shape.head_dim
+        flops -= shape.num_hidden_layers * 6 * squares * width
+    return flops

@@ -1,44 +1,35 @@
 """One training step at Llama 2 7B's width: `python bench.py step [--no-recompute] [--toy]`.
 
-All of 7B's dimensions, as many of its 32 layers as the GPU holds with fp32 master weights, AdamW,
-recomputation (or without it, and fewer layers) and `torch.compile` per block, as sft.py runs them:
-rows of 16,384 tokens of chat-like documents (mean 490), all of them trained. The MFU is
-training.py's `model_flops`, which counts nothing twice, over the step's time and the datasheet's
-dense peak. Then one more step under the profiler: where the time goes.
+All of 7B's dimensions, and as many of its 32 layers as the GPU holds with fp32 master weights,
+AdamW, recomputation (or without it, and fewer layers) and `torch.compile` per block, as sft.py runs
+them: rows of 16,384 tokens of chat-like documents (mean 490), all of them trained. The MFU is
+`model_flops` of training/update.py, which counts nothing twice, over the step's time and the
+datasheet's dense peak. One more step runs under the profiler and shows where the time goes.
 """
 
-import argparse
 import dataclasses
 import statistics
 import time
-import types
+from dataclasses import dataclass
 
 import torch
 
+import sft
+from benchmarks import inputs
 from benchmarks.measure import Budget, doc_start_of, packed_lengths, write
-from model import Llama, LlamaConfig
+from checkpoint.config import config_from_dict
+from model import Llama
+from program.errors import InputError
+from program.flags import parse_args
+from program.hardware import peak_flops, peak_memory_gib
 from program.ranks import start
-from training import update as training
+from training import update
 from training.parallel import shard
 
-LLAMA_2_7B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    tie_word_embeddings=False,
-)
-TOY = dataclasses.replace(
-    LLAMA_2_7B, vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-)  # fmt: skip
+LLAMA_2_7B = config_from_dict(inputs.FIXED | inputs.LLAMA_2_7B | {"vocab_size": 32000})
+TOY = config_from_dict(inputs.FIXED | inputs.TOY | {"vocab_size": 101})
 
-# The names of kernels, in the profiler, by what they are for; the first that matches counts.
+# Parts of the kernels' names in the profiler, by what the kernels do; the first match counts.
 KINDS = {
     "attention": ("forward_kernel", "backward_q_kernel", "backward_kv_kernel"),
     "loss": ("softmax_kernel",),
@@ -49,12 +40,12 @@ KINDS = {
 
 
 def layers_that_fit(memory, config, tokens, recompute=True):
-    """How many blocks `memory` bytes of a GPU hold, at most all, by the sum below.
+    """The number of blocks that `memory` bytes of a GPU hold, at most the model's.
 
     Per weight 18 bytes: fp32 master, gradient and AdamW's two moments, and the bf16 copy. A block's
-    activations are about 16 E and 8 F bf16 numbers per token; kept per block is its input where
-    they are recomputed, else all of them. Set aside: the same 18 bytes for embedding and head, one
-    block's activations, 3 GiB for the loss, the compiler and fragmentation, and a tenth of all.
+    activations are about 16 E and 8 F bf16 numbers per token; a block keeps its input where they
+    are recomputed, else all of them. Set aside: the same 18 bytes for embedding and head, one
+    block's activations, 3 GiB for the loss, the compiler and fragmentation, and a tenth of the GPU.
     """
     E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
@@ -74,8 +65,7 @@ def make_step(config, lengths, device, dtype, recompute):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-    flags = types.SimpleNamespace(lr=1e-5, beta1=0.9, beta2=0.95, weight_decay=0.0)
-    optimizer = training.make_optimizer(model, flags)
+    optimizer = update.make_optimizer(model, sft.SFTConfig(lr=1e-5))
     T = sum(lengths)
     ids = torch.randint(config.vocab_size, (T,), device=device)
     doc_start, predict = doc_start_of(lengths, device), torch.arange(T, device=device)
@@ -84,7 +74,7 @@ def make_step(config, lengths, device, dtype, recompute):
         nll = model(ids, doc_start, predict, labels=ids.roll(-1), uniform_gradient=True)
         loss = nll.sum() / T
         loss.backward()
-        training.clip_gradients(model, 1.0)
+        update.clip_gradients(model, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -108,17 +98,17 @@ def where_time_goes(step):
 
 
 def by_kind(kernels):
-    """Sums of milliseconds by `KINDS` of (name, milliseconds) of kernels; the rest is "other"."""
-    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    """Sums by `KINDS` of the milliseconds of kernels (name, milliseconds); the rest is "other"."""
+    sums = dict.fromkeys([*KINDS, "other"], 0.0)
     for name, ms in kernels:
-        parts = name.lower()
-        kind = next((k for k, known in KINDS.items() if any(p in parts for p in known)), "other")
-        spent[kind] += ms
-    return spent
+        lowered = name.lower()
+        kinds = (kind for kind, parts in KINDS.items() if any(part in lowered for part in parts))
+        sums[next(kinds, "other")] += ms
+    return sums
 
 
 def measure(config, lengths, device, dtype, recompute, budget):
-    """Ten steps after three, fewer where the time is over: all that the JSON file says of them."""
+    """Ten steps after a warm-up of three, fewer where the time is over: figures for the file."""
     model, step = make_step(config, lengths, device, dtype, recompute)
     losses, seconds = [], []
     while len(losses) < 13 and not (len(losses) > 3 and budget.spent()):
@@ -126,7 +116,7 @@ def measure(config, lengths, device, dtype, recompute, budget):
         losses.append(step().item())  # waits for the GPU
         seconds.append(time.perf_counter() - begin)
     T, median = sum(lengths), statistics.median(seconds[3:])
-    flops, peak = training.model_flops(config, lengths, T), training.peak_flops(device)
+    flops, peak = update.model_flops(config, lengths, T), peak_flops(device)
     return {
         "layers": config.num_hidden_layers,
         "recompute": recompute,
@@ -138,27 +128,32 @@ def measure(config, lengths, device, dtype, recompute, budget):
         "tokens_per_second": T / median,
         "tflops": flops / median / 1e12,
         "mfu": flops / median / peak if peak else None,
-        "mfu_formula": "training.model_flops / seconds / training.peak_flops",
-        "peak_memory_gib": training.peak_memory_gib(device),
+        "mfu_formula": "training.update.model_flops / seconds / program.hardware.peak_flops",
+        "peak_memory_gib": peak_memory_gib(device),
         "losses": losses,
         "kernel_ms": where_time_goes(step) if device.type == "cuda" else None,
     }
 
 
+@dataclass(frozen=True)
+class StepConfig:
+    """Flags of `python bench.py step`."""
+
+    toy: bool = False  # a tiny model, to rehearse on CPU
+    recompute: bool = True  # activations again in backward, per block
+    layers: int | None = None  # of 7B's 32 (default: as many as fit)
+    minutes: float = 4.0  # no step begins after them, once four were taken
+    out: str = "results/step.json"  # the figures
+
+
 def main(arguments):
     """Measure, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(prog="bench.py step", description=__doc__)
-    parser.add_argument("--toy", action="store_true", help="a tiny model, to rehearse on CPU")
-    parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--layers", type=int, help="default: as many as fit")
-    parser.add_argument("--minutes", type=float, default=4, help="stop then (default: %(default)s)")
-    parser.add_argument("--out", default="results/step.json", help="default: %(default)s")
-    options = parser.parse_args(arguments)
+    options = StepConfig(**parse_args(StepConfig, arguments))
     budget = Budget(options.minutes)
     _, _, device = start()
     gpu = device.type == "cuda"
     if not gpu and not options.toy:
-        parser.error("there is no GPU here (rehearse with --toy)")
+        raise InputError("bench.py step needs a GPU, and found none (rehearse with --toy)")
     config, T = (TOY, 256) if options.toy else (LLAMA_2_7B, 16384)
     if not options.toy:
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -169,7 +164,6 @@ def main(arguments):
     result = measure(config, lengths, device, dtype, options.recompute, budget)
     for name, value in result.items():
         print(f"{name}: {value}")
-    command = " ".join(["python bench.py step", *arguments])
-    config = dataclasses.asdict(config)
-    write(options.out, command, device, dtype=str(dtype), toy=options.toy, config=config, **result)
+    facts = {"dtype": str(dtype), "config": dataclasses.asdict(config)}
+    write("step", options, arguments, device, **facts, **result)
     torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 """README's tables from measurements: `python bench.py table [results/kernels.json]`.
 
-Prints Markdown: attention's TFLOP/s of forward and backward and the loss's time and memory, one
-column for each provider, and how the figures stand to what the kernels were built for.
+Prints Markdown: attention's TFLOP/s of forward and backward, the loss's time and memory, one column
+for each provider, and the figures beside the kernels' aims.
 """
 
 import argparse
@@ -35,50 +35,50 @@ def grid(rows, key, cell):
     names = list(dict.fromkeys(r["provider"] for r in rows))
     lines = [f"| {key} | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for value in dict.fromkeys(r[key] for r in rows):
-        found = {r["provider"]: r for r in rows if r[key] == value and "ms" in r}
-        cells = [cell(found[name]) if name in found else "–" for name in names]
+        timed = {r["provider"]: r for r in rows if r[key] == value and "ms" in r}
+        cells = [cell(timed[name]) if name in timed else "–" for name in names]
         lines.append(f"| {value} | " + " | ".join(cells) + " |")
     return lines
 
 
 def aims(results):
-    """Lines that put what was measured beside what was aimed at; none for what was not."""
+    """Lines that say of each figure whether it reaches its aim; none for a missing figure."""
     if results["toy"]:
         return []
-    found = {
+    rates = {
         (r["row"], r["provider"]): r["tflops"]
         for r in results["attention"]
         if "tflops" in r and (r["H"], r["Hk"], r["D"]) == (32, 32, 128)
     }
     lines = []
-    if dense := found.get(("dense 8192", "ours")):
+    if dense := rates.get(("dense 8192", "ours")):
         for which, aim in (("forward", FORWARD), ("backward", BACKWARD)):
             lines.append(verdict(f"8k {which}, TFLOP/s", dense[which], aim))
-        if cudnn := found.get(("dense 8192", "sdpa cudnn")):
+        if cudnn := rates.get(("dense 8192", "sdpa cudnn")):
             share = dense["forward"] / cudnn["forward"]
             lines.append(verdict("8k forward, share of cuDNN's", share, CUDNN))
-    for row in dict.fromkeys(row for row, _ in found if row.startswith("packed")):
-        others = [t["both"] for (r, name), t in found.items() if r == row and name != "ours"]
-        if others and (row, "ours") in found:
-            ratio = found[row, "ours"]["both"] / max(others)
+    for row in dict.fromkeys(row for row, _ in rates if row.startswith("packed")):
+        others = [t["both"] for (r, name), t in rates.items() if r == row and name != "ours"]
+        if others and (row, "ours") in rates:
+            ratio = rates[row, "ours"]["both"] / max(others)
             lines.append(verdict(f"{row}, both ways, over the best of the others", ratio, 1))
     losses = {(r["N"], r["provider"]): r for r in results["cross_entropy"] if "ms" in r}
     for (N, name), row in losses.items():
         products = losses.get((N, "three products"))
         if name == "ours, uniform" and products:
             ratio = row["ms"] / products["ms"]
-            lines.append(verdict(f"loss, N {N}, over three products", ratio, PRODUCTS, most=True))
+            lines.append(verdict(f"loss, N {N}, over three products", ratio, PRODUCTS, True))
             if "peak_mib" in row:
                 memory = row["peak_mib"] - row["gradients_mib"]
-                lines.append(verdict(f"loss, N {N}, MiB", memory, MEMORY, most=True))
+                lines.append(verdict(f"loss, N {N}, MiB", memory, MEMORY, True))
     return ["", *lines]
 
 
-def verdict(what, found, aim, most=False):
+def verdict(what, figure, aim, at_most=False):
     """One line: reached or missed."""
-    reached = found <= aim if most else found >= aim
-    bound = "at most" if most else "at least"
-    return f"{'reached' if reached else 'missed '}  {what}: {found:.4g}, aim {bound} {aim}"
+    reached = figure <= aim if at_most else figure >= aim
+    bound = "at most" if at_most else "at least"
+    return f"{'reached' if reached else 'missed '}  {what}: {figure:.4g}, aim {bound} {aim}"
 
 
 def main(arguments):

@@ -1,12 +1,13 @@
 """Block sizes of the kernels, timed beside those that are shipped: `python bench.py tune [--toy]`.
 
 Every candidate runs alone, on dense and on chat-like rows of 16k tokens with 7B's heads, and must
-give what the shipped sizes give. At the end stand, for each kernel and row, all of them by time.
-What wins goes into `blocks` of kernels/attention.py and the constants of kernels/cross_entropy.py.
+give the result of the shipped sizes. At the end all candidates are printed by time, for each kernel
+and row. The winners go into `blocks` of kernels/attention.py and the constants of
+kernels/cross_entropy.py.
 """
 
-import argparse
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,9 +21,11 @@ from benchmarks.measure import (
     write,
 )
 from kernels import attention, cross_entropy
+from program.errors import InputError
+from program.flags import parse_args
 
 # (BM, BN, num_warps, num_stages) that compile for sm_90 at D = 128 without spills under Triton 3.6.
-# Of those with 4 warps a multiprocessor holds two or three, which hide each other's waits.
+# A multiprocessor holds two or three programs of 4 warps, which hide each other's waits.
 CANDIDATES = {
     "forward_kernel": [
         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4),
@@ -39,7 +42,7 @@ CANDIDATES = {
 }  # fmt: skip
 SOFTMAX = [(4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32), (32768, 32)]  # BLOCK, warps
 WORKSPACES = [128, 256, 384, 512]  # MiB
-SHARE = {"forward_kernel": 2, "backward_q_kernel": 3, "backward_kv_kernel": 4}  # products of each
+PRODUCTS = {"forward_kernel": 2, "backward_q_kernel": 3, "backward_kv_kernel": 4}  # of matrices
 
 
 class Case:
@@ -84,7 +87,7 @@ class Case:
         )
 
     def measure(self, name, candidate, device):
-        """Time, TFLOP/s of the products that the kernel makes, and whether it is right."""
+        """Time, TFLOP/s of the kernel's own products, and its relative error."""
         self.launch(name, self.shipped(name))
         expected = [x.clone() for x in self.results[name]]
         for x in self.results[name]:
@@ -95,12 +98,12 @@ class Case:
                 ((x.float() - e.float()).norm() / e.float().norm()).item()
                 for x, e in zip(self.results[name], expected, strict=True)
             ]
-            assert max(errors) < 2**-7, f"not what the shipped sizes give: {errors}"
+            assert max(errors) < 2**-7, f"other than the shipped sizes' result by {errors}"
             ms = milliseconds(lambda: self.launch(name, candidate), device)
-        finally:  # the other kernels read what this one wrote
+        finally:  # the other kernels read this one's result
             self.launch(name, self.shipped(name))
         T, H, Hk, D = self.shape
-        flops = attention_flops(self.lengths, H, D)["forward"] * SHARE[name] / 2
+        flops = attention_flops(self.lengths, H, D)["forward"] * PRODUCTS[name] / 2
         return {"ms": ms, "tflops": flops / ms / 1e9, "error": max(errors)}
 
 
@@ -165,30 +168,33 @@ def jobs(toy, device, dtype):
                 yield "head and loss", "N 16384", (mib,), measure
 
 
+@dataclass(frozen=True)
+class TuneConfig:
+    """Flags of `python bench.py tune`."""
+
+    toy: bool = False  # tiny sizes, interpreted, on CPU
+    minutes: float = 7.0  # no measurement begins after them
+    out: str = "results/tune.json"  # the figures
+
+
 def main(arguments):
     """Measure, print a line each, then the candidates by time, and write the JSON file."""
-    parser = argparse.ArgumentParser(prog="bench.py tune", description=__doc__)
-    parser.add_argument("--toy", action="store_true", help="tiny sizes, interpreted, on CPU")
-    parser.add_argument("--minutes", type=float, default=7, help="stop then (default: %(default)s)")
-    parser.add_argument("--out", default="results/tune.json", help="default: %(default)s")
-    options = parser.parse_args(arguments)
-    budget = Budget(options.minutes)
+    config = TuneConfig(**parse_args(TuneConfig, arguments))
+    budget = Budget(config.minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not options.toy:
-        parser.error("there is no GPU here (rehearse with --toy and TRITON_INTERPRET=1)")
+    if device.type == "cpu" and not config.toy:
+        raise InputError(
+            "bench.py tune needs a GPU, and found none (rehearse with --toy and TRITON_INTERPRET=1)"
+        )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     results = []
-    for name, row, candidate, measure in jobs(options.toy, device, dtype):
-        try:
-            result = {"skipped": "out of time"} if budget.spent() else measure()
-        except Exception as error:  # of one candidate, which must not end the comparison
-            result = {"skipped": f"{type(error).__name__}: {str(error)[:200]}"}
+    for name, row, candidate, measure in jobs(config.toy, device, dtype):
+        result = budget.measure(measure)
         results.append({"kernel": name, "row": row, "candidate": candidate} | result)
         print(f"{budget.seconds():4.0f} s", name, row, candidate, result, flush=True)
-    command = " ".join(["python bench.py tune", *arguments])
-    write(options.out, command, device, dtype=str(dtype), toy=options.toy, results=results)
+    write("tune", config, arguments, device, dtype=str(dtype), results=results)
     for group in dict.fromkeys((r["kernel"], r["row"]) for r in results):
         timed = [r for r in results if (r["kernel"], r["row"]) == group and "ms" in r]
-        best = sorted(timed, key=lambda r: r["ms"])
-        listed = ", ".join(f"{'/'.join(map(str, r['candidate']))} {r['ms']:.3f}" for r in best)
+        by_time = sorted(timed, key=lambda r: r["ms"])
+        listed = ", ".join(f"{'/'.join(map(str, r['candidate']))} {r['ms']:.3f}" for r in by_time)
         print(*group, "ms:", listed, sep="  ")

@@ -63,7 +63,8 @@ def parse_args(config_class, argv=None):
 
     Every field of the dataclass is a flag, and the comment behind it is its help.
     """
-    comments = dict(re.findall(r"^ +(\w+):.*?# (.+)$", inspect.getsource(config_class), re.M))
+    source = "".join(map(inspect.getsource, config_class.__mro__[:-1]))  # what it inherits, too
+    comments = dict(re.findall(r"^ +(\w+):.*?# (.+)$", source, re.M))
     parser = argparse.ArgumentParser(
         description=inspect.getmodule(config_class).__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -136,23 +136,24 @@ def test_a_batch_equals_trls(base, preferences, tmp_path):
     On the same tokens, with its own reference, after the same change to both models' weights.
     """
     pytest.importorskip("trl")
-    from benchmarks.dpo import DPOBenchConfig
     from benchmarks.trl_trainer import trl_trainer
 
     documents = Documents([preferences], base, 200, encode_pair, per_record=2)
-    config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)
+    config = dpo.DPOConfig(
+        model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000,
+        max_seq_len=200, batch_size=4, beta=0.2,
+    )  # fmt: skip
     model, device = loaded(base)
     pairs = np.array([3, 0, 18, 7])
     reference = reference_logps(model, documents, config, weights_key(base), device)[pairs]
-    bench = DPOBenchConfig(max_seq_len=200, batch_size=4, beta=0.2)
-    trainer = trl_trainer(bench, base, documents, pairs.tolist(), output_dir=str(tmp_path))
+    trainer = trl_trainer(config, documents, pairs.tolist())
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter += 0.02 * torch.randn_like(parameter)
         model.load_state_dict(trainer.model.state_dict())
         logps = answer_logps(model, documents, pairs, device)
-    loss, chosen, rejected = dpo.dpo_loss(*logps.T, *reference.to(logps).T, bench.beta)
+    loss, chosen, rejected = dpo.dpo_loss(*logps.T, *reference.to(logps).T, config.beta)
     metrics = dpo.pair_metrics(loss, chosen, rejected, *logps.T)
     assert (chosen - rejected).abs().min() > 1e-2  # far from ln 2, and of a sure sign
 

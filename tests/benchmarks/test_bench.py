@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,7 +130,7 @@ def test_tune_rehearsal(tmp_path, monkeypatch):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     case = tune.Case([20, 44], 2, 1, 16, device, torch.float16)
     monkeypatch.setattr(case, "launch", lambda name, candidate: None)
-    with pytest.raises(AssertionError, match="not what the shipped sizes give"):
+    with pytest.raises(AssertionError, match="other than the shipped sizes"):
         case.measure("forward_kernel", (64, 32, 4, 1), device)
 
 
@@ -183,44 +184,54 @@ BLOCK = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 5  # weights of q, k, v, o, and 
 def test_flops_of_the_loops():
     """Ours: tokens as they are, half the square; padded: the whole rectangle, the whole square."""
     ours = 3 * (6 * BLOCK * 5 + 6 * (2 * 2 + 3 * 3) * 8) + 6 * 11 * 8 * 4
-    assert sft.loop_flops("ours", SHAPE, [2, 3], 4) == ours
-    assert sft.loop_flops("its products", SHAPE, [2, 3], 4) == ours - 3 * 6 * 13 * 8
+    assert sft.loop_flops(SHAPE, "ours", [2, 3], 4) == ours
+    assert sft.loop_flops(SHAPE, "its products", [2, 3], 4) == ours - 3 * 6 * 13 * 8
     padded = 2 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 6 * 11 * 8 * 3)
-    assert sft.loop_flops("transformers, 4", SHAPE, [2, 3], 4) == padded
+    assert sft.loop_flops(SHAPE, "transformers, 4", [2, 3], 4) == padded
 
 
-def test_products_are_the_loops_own():
-    """The matrix products that stand for our loop have the FLOPs that its weights ask for."""
-    config = sft.SFTBenchConfig(micro_tokens=16)
-    products, done = sft.Products(config, SHAPE), []
+def test_products_have_the_flops_of_the_loop():
+    """The matrix products that stand for our loop have the FLOPs of its weights."""
+    lengths = np.array([[5], [9], [10], [4]])  # of which the last three are trained, in two rows
+    documents = SimpleNamespace(lengths=lengths, trained_counts=lengths - 1)
+    products, done = sft.Products(SHAPE, documents, micro_tokens=16), []
     products.products = lambda rows, n_in, n_out: done.append(6 * rows * n_in * n_out)
-    documents = [(np.arange(n), np.arange(n) > 0) for n in (9, 10, 4)]  # two rows
-    products.update(documents, 0.0)
-    assert sum(done) == sft.loop_flops("its products", SHAPE, [9, 10, 4], 8 + 9 + 3)
+    products.update(np.array([1, 2, 3]), 0.0)
+    assert sum(done) == sft.loop_flops(SHAPE, "its products", [9, 10, 4], 8 + 9 + 3)
 
 
-def test_sft_rehearsal(tmp_path):
+@pytest.fixture
+def chats(tmp_path):
+    """Path of 40 short conversations of various lengths."""
+    answers = [message("assistant", "The fox sleeps. " * (k % 7)) for k in range(40)]
+    records = [{"messages": [message("user", "What is it?"), answer]} for answer in answers]
+    return write(tmp_path / "chats.jsonl", records)
+
+
+def test_sft_rehearsal(base, chats, tmp_path):
     """`bench.py sft --toy` trains all loops to the same losses and writes what it measured."""
     path = tmp_path / "sft.json"
-    flags = ["--toy", "--conversations", "40", "--batch-size", "20", "--micro-tokens", "200"]
-    sft.main([*flags, "--out", str(path)])
+    flags = ["--toy", "--data", chats, "--tokenizer", base, "--conversations", 36, "--out", path]
+    sft.main([*map(str, flags), "--batch-size", "12", "--micro-tokens", "400"])
     results = json.loads(path.read_text())
     assert {"date", "commit", "device", "cores", "versions"} <= results.keys()
-    assert results["command"].endswith("--out sft.json") and str(tmp_path) not in path.read_text()
+    assert results["command"].startswith("python bench.py sft --toy --data chats.jsonl")
+    assert str(tmp_path) not in path.read_text()
     assert results["largest_loss_difference"] < sft.FP32_ROUNDING and results["speed_up"] > 0
     for name, loop in results["loops"].items():
-        assert len(loop["seconds"]) == 2 and loop["gflop_per_update"] > 0
-        assert name == "its products" or loop["losses"][1] < loop["losses"][0]
+        assert len(loop["seconds"]) == 3 and loop["gflop_per_update"] > 0
+        # The first update has rate 0, and other conversations than the next.
+        assert name == "its products" or loop["losses"][2] < loop["losses"][0]
 
 
 def test_flops_of_the_dpo_loops():
     """Ours makes the logits twice; padded, a rectangle of both sides; TRL's, twice at all of it."""
     lengths, head = [2, 3, 3, 3], 2 * 11 * 8
-    ours = sft.loop_flops("ours", SHAPE, lengths, 7)
-    assert dpo.loop_flops("ours", SHAPE, lengths, 7) == ours + head * 7
+    ours = sft.loop_flops(SHAPE, "ours", lengths, 7)
+    assert dpo.loop_flops(SHAPE, "ours", lengths, 7) == ours + head * 7
     padded = 4 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 3 * head * 3)
-    assert dpo.loop_flops("transformers, 2", SHAPE, lengths, 7) == padded
-    assert dpo.loop_flops("TRL, 2", SHAPE, lengths, 7) == padded + 4 * head * 3
+    assert dpo.loop_flops(SHAPE, "transformers, 2", lengths, 7) == padded
+    assert dpo.loop_flops(SHAPE, "TRL, 2", lengths, 7) == padded + 4 * head * 3
 
 
 @pytest.fixture
