@@ -3,24 +3,24 @@
     python mixture.py --raw raw --tokenizer tokenizer.model --out tulu-v2-sft-mixture.jsonl
     python mixture.py --check tulu-v2-sft-mixture.jsonl
 
-Raw records become conversations (`mixture_sources.py`), a random sample is drawn where the original
-drew one, conversations with one of `KEYWORDS` are dropped, and the rest is written for `sft.py
---data`, one JSON object a line. Sources follow one another in the order of `SOURCES`, the rows of
-each in the order of its raw files; the mixture is not shuffled, training does that. The table at
-the end compares with the published counts. Memory does not grow with the files.
+Sources: flan_v2 cot oasst1 lima gpt4_alpaca code_alpaca sharegpt wizardlm open_orca science
+hard_coded. Their raw records become conversations (`tulu_mixture/sources.py`). Where the original
+drew a random sample, so does this; conversations with one of `KEYWORDS` are dropped. The rest is
+written for `sft.py --data`, one JSON object a line. The sources keep the order above and their rows
+that of the raw files; the mixture is not shuffled, since training does that. The table at the end
+compares the counts with the published ones. Memory does not grow with the files.
 
 Where this differs from open-instruct's `reformat_datasets.py` (at 60ceefa):
-- The original seeds one stream of random numbers and draws everything from it, Tulu V1 and other
-  data sets included, so that even its authors cannot redraw the released samples. Here every source
-  has a stream of its own, made from the seed and the source's name: its sample is the same
-  whichever others are built, under every version of Python and on every machine.
-- A sample keeps the order of the raw file; the original's is shuffled. (`cot_17` and
-  `gpt4_alpaca_17` are in both cases the row at position 17 of the sample.)
-- The order of the sources is fixed; the original's is the one in which the disk lists its folders.
+- The original draws everything from one seeded stream of random numbers, for Tulu V1 and other data
+  sets too, so that even its authors cannot draw the released samples again. Here every source has a
+  stream of its own, made from the seed and the source's name. So its sample does not depend on the
+  other sources, on the version of Python, or on the machine.
+- A sample keeps the order of the raw file; the original shuffles it. (In both, `cot_17` and
+  `gpt4_alpaca_17` name the row at position 17 of the sample.)
+- The order of the sources is fixed; the original takes the order in which the disk lists its
+  folders.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -34,11 +34,13 @@ import sentencepiece
 from tqdm import tqdm
 
 from program.errors import InputError, reported
+from program.files import written_aside
+from program.flags import parse_args
 from tulu_mixture.readers import count, files_in, find_files, located, records, without
 from tulu_mixture.sources import SCIENCE_TASKS, SOURCES, field, sharegpt_texts
 
-# Any message of any role that contains one of these, in upper or lower case, also inside a longer
-# word, loses the whole conversation: "bombard", "Lombardy" and everyone called Claude go with them.
+# A conversation is dropped if any of its messages, of any role, contains one of these in upper or
+# lower case, even inside a longer word: "bombard", "Lombardy" and everyone called Claude go, too.
 KEYWORDS = (
     *("OpenAI", "Open AI", "ChatGPT", "Chat GPT", "BingChat", "Bing Chat", "BARD", "Palm"),
     *("GPT-3", "GPT3", "GPT 3", "GPT-4", "GPT4", "GPT 4", "GPT-3.5", "GPT3.5", "GPT 3.5"),
@@ -47,28 +49,46 @@ KEYWORDS = (
 LOWERED = tuple(word.lower() for word in KEYWORDS)
 
 
-def main():
-    args = parse_args()
-    chosen = [source for source in SOURCES if source.name in args.sources]
-    if args.check:
-        check(args.check, chosen)
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """The flags of mixture.py."""
+
+    raw: str | None = None  # folder of the raw files, under their published names
+    out: str | None = None  # the mixture, a .jsonl file
+    tokenizer: str | None = None  # Llama's tokenizer.model, to split ShareGPT
+    sources: list[str] | None = None  # the sources to build or check (default: all)
+    seed: int = 42  # of the random samples and templates
+    overwrite: bool = False  # replace --out where it exists
+    check: list[str] | None = None  # a finished mixture: files or folders
+
+
+def main(flags):
+    config = MixtureConfig(**flags)
+    chosen = chosen_sources(config.sources)
+    if config.check:
+        if config.raw or config.out:
+            raise InputError("--check takes neither --raw nor --out")
+        check(list(map(Path, config.check)), chosen)
         return
-    paths = find_files(args.raw, chosen)
-    tokenizer = load_tokenizer(args.tokenizer, chosen)
-    if args.out.suffix != ".jsonl":
-        raise InputError(f"--out {args.out}: expected a name that ends in .jsonl")
-    if not args.out.parent.is_dir():
-        raise InputError(f"--out {args.out}: no folder {args.out.parent}")
-    if args.out.exists() and not (args.overwrite and args.out.is_file()):
-        raise InputError(f"--out {args.out}: exists; --overwrite replaces a file")
+    if not (config.raw and config.out):
+        raise InputError("expected --raw and --out, or --check (--help lists the flags)")
+    paths = find_files(Path(config.raw), chosen)
+    tokenizer = load_tokenizer(config.tokenizer, chosen)
+    out = Path(config.out)
+    if out.suffix != ".jsonl":
+        raise InputError(f"--out {out}: expected a name that ends in .jsonl")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: no folder {out.parent}")
+    if out.exists() and not (config.overwrite and out.is_file()):
+        raise InputError(f"--out {out}: exists; --overwrite replaces a file")
 
     reports = {source.name: Report() for source in chosen}
     bar = tqdm(total=sum(source.before for source in chosen), unit=" conversations", disable=None)
-    with bar, written_aside(args.out) as out:
+    with bar, written_aside(out) as file:
         for source in chosen:
             report = reports[source.name]
             bar.set_description(source.name)
-            stream = random_stream(args.seed, source.name)
+            stream = random_stream(config.seed, source.name)
             rows = conversations(source, paths[source.name], stream, tokenizer, report)
             for conversation in rows:
                 bar.update()
@@ -76,9 +96,9 @@ def main():
                 if source.name != "hard_coded" and has_keyword(conversation):
                     continue
                 report.kept[conversation["dataset"]] += 1
-                out.write(json.dumps(conversation, ensure_ascii=False) + "\n")
+                file.write(json.dumps(conversation, ensure_ascii=False) + "\n")
     print_table(chosen, reports)
-    print(f"written: {args.out}")
+    print(f"written: {out}")
 
 
 @dataclasses.dataclass
@@ -91,10 +111,19 @@ class Report:
     dropped: Counter = dataclasses.field(default_factory=Counter)  # left out, by reason
 
 
+def chosen_sources(names):
+    """The sources of these names (None: all), in the order of `SOURCES`."""
+    known = [source.name for source in SOURCES]
+    for name in names or ():
+        if name not in known:
+            raise InputError(f"--sources: found {name!r}, expected some of {' '.join(known)}")
+    return [source for source in SOURCES if names is None or source.name in names]
+
+
 def conversations(source, paths, stream, tokenizer, report):
-    """The source's conversations before the keyword filter, in their final form."""
+    """The source's conversations in their final form, before the keyword filter."""
     for _ in range(source.repeat):
-        position = report.read = 0  # a repeated source repeats its ids, and its rows count once
+        position = report.read = 0  # a repeated source repeats its ids; its rows count once
         for path in paths:
             rows = converted(source, path, stream, tokenizer, report)
             if source.sample:
@@ -108,9 +137,9 @@ def conversations(source, paths, stream, tokenizer, report):
 
 
 def converted(source, path, stream, tokenizer, report):
-    """For every row of a raw file, what the source's converter makes of it.
+    """What the source's converter makes of every row of a raw file, one list a row.
 
-    That includes the rows that no sample will take: an error is found whatever the seed.
+    Rows that the sample leaves out are converted, too, so that errors do not depend on the seed.
     """
     rows, before = records(path), report.read
     if source.name == "sharegpt":
@@ -127,8 +156,8 @@ def converted(source, path, stream, tokenizer, report):
 def sample(rows, wanted: int, left: int, stream):
     """`wanted` of the `left` rows, in their order: Knuth's algorithm S (volume 2, section 3.4.2).
 
-    A row is taken with the chance (still wanted) / (rows left), which makes every set of rows
-    equally likely, needs no memory, and ends with exactly as many as wanted.
+    A row is taken with probability (still wanted) / (rows left). So every set of rows is equally
+    likely, no row is kept in memory, and exactly as many are taken as wanted.
     """
     for row in rows:
         take = stream.random() * left < wanted
@@ -140,7 +169,7 @@ def sample(rows, wanted: int, left: int, stream):
 def random_stream(seed: int, name: str) -> random.Random:
     """Random numbers that depend on the seed and the source's name alone.
 
-    Only its `random()` is used: that sequence is the one that Python promises not to change.
+    Only `random()` is called: Python promises never to change that sequence.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return random.Random(int.from_bytes(digest, "big"))
@@ -149,8 +178,8 @@ def random_stream(seed: int, name: str) -> random.Random:
 def with_token_counts(rows, tokenizer):
     """Add `tokens`, the number of tokens of each message, to ShareGPT's records.
 
-    Batches of texts go to SentencePiece, which encodes them on all cores. (The original's tokenizer
-    takes a literal `</s>` in a text for one token; here it is text, of a few tokens.)
+    SentencePiece encodes the texts in batches, on all cores. (The original's tokenizer makes one
+    token of a literal `</s>` in a text; here it is text, of a few tokens.)
     """
     while batch := list(itertools.islice(rows, 256)):
         texts = []
@@ -164,6 +193,7 @@ def with_token_counts(rows, tokenizer):
 
 
 def has_keyword(conversation) -> bool:
+    """Whether the keyword filter drops the conversation."""
     for message in conversation["messages"]:
         text = message["content"].lower()
         if any(word in text for word in LOWERED):
@@ -172,7 +202,7 @@ def has_keyword(conversation) -> bool:
 
 
 def check(paths, chosen):
-    """Compare a finished mixture with the published counts; `InputError` where one is not met."""
+    """Compare a finished mixture with the published counts; raises `InputError` if any differs."""
     reports = {source.name: Report() for source in chosen}
     names = {source.name for source in SOURCES}
     for path in files_in(paths):
@@ -192,11 +222,11 @@ def check(paths, chosen):
 
 
 def print_table(chosen, reports) -> str:
-    """Print what became of each source beside what was published; return the kept that differ."""
+    """Print each source's counts beside the published ones; returns the kept counts that differ."""
     lines = []
     for source in chosen:
         report = reports[source.name]
-        # A finished mixture tells nothing of what was read and filtered: 0, printed as a dash.
+        # With --check nothing is known of the rows read and filtered: 0, printed as a dash.
         counts = [report.read, report.sampled, max(0, report.sampled - report.kept.total())]
         counts += [report.kept.total(), source.before, source.after]
         lines.append((source.name, counts))
@@ -210,21 +240,21 @@ def print_table(chosen, reports) -> str:
     titles = ("rows read", "sampled", "filtered", "kept", "sampled*", "kept*")
     print(f"{'source':30}" + "".join(f"{title:>11}" for title in titles) + "  * published")
     samples = {source.name for source in chosen if source.sample}
-    wrong, drawn_anew = [], False
+    wrong, redrawn = [], False
     for name, counts in lines:
         _, sampled, _, kept, before, after = counts
         differs = [f"{sampled - before:+,} sampled"] if sampled and before != sampled else []
         if kept != after:
             differs.append(f"{kept - after:+,} kept" + " (a random sample)" * (name in samples))
-            drawn_anew |= name in samples
+            redrawn |= name in samples
             wrong.append(f"{name.strip()} {kept:,} instead of {after:,}")
         cells = "".join(f"{count:>11,}" if count else f"{'-':>11}" for count in counts)
         verdict = "differs: " + ", ".join(differs) if differs else "as published"
         print(f"{name:30}{cells}  {verdict}")
-    if drawn_anew:
+    if redrawn:
         print(
-            "The original's random samples cannot be drawn again, and how many conversations the"
-            " filter takes from another sample is chance: its kept count cannot be met exactly."
+            "The original's random samples cannot be drawn again. How many conversations the filter"
+            " drops from another sample is chance, so those kept counts cannot be met exactly."
         )
     for source in chosen:
         for what, number in reports[source.name].dropped.items():
@@ -233,14 +263,14 @@ def print_table(chosen, reports) -> str:
 
 
 def load_tokenizer(path, chosen):
-    """The tokenizer whose tokens ShareGPT is split by; None where ShareGPT is not built."""
+    """The tokenizer in whose tokens ShareGPT's chunks are measured; None without ShareGPT."""
     if "sharegpt" not in (source.name for source in chosen):
         return None
-    if path is None or not path.is_file():
+    if path is None or not Path(path).is_file():
         rest = [source.name for source in chosen if source.name != "sharegpt"]
         raise InputError(
             f"--tokenizer {path or 'is missing'}: expected Llama's tokenizer.model, by whose tokens"
-            f" ShareGPT is split (every Llama 2 checkpoint has it){without(rest)}"
+            f" ShareGPT is split (it is in every Llama 2 checkpoint){without(rest)}"
         )
     try:
         return sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -248,44 +278,6 @@ def load_tokenizer(path, chosen):
         raise InputError(f"--tokenizer {path}: no SentencePiece model") from None
 
 
-@contextlib.contextmanager
-def written_aside(path: Path):
-    """A text file that takes its name when it is complete; where that fails, nothing is left."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(aside, "x", encoding="utf-8", newline="\n") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(message)
-
-
-def parse_args():
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    names = [source.name for source in SOURCES]
-    add = parser.add_argument
-    add("--raw", type=Path, help="folder of the raw files, under their published names")
-    add("--out", type=Path, help="the mixture, a .jsonl file")
-    add("--tokenizer", type=Path, help="Llama's tokenizer.model, to split ShareGPT")
-    add("--sources", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    add("--seed", type=int, default=42, help="of the random samples and templates (42)")
-    add("--overwrite", action="store_true", help="replace --out where it exists")
-    add("--check", type=Path, nargs="+", metavar="FILE", help="finished mixture: files or folders")
-    args = parser.parse_args()
-    if args.check and (args.raw or args.out):
-        parser.error("--check takes neither --raw nor --out")
-    if not args.check and not (args.raw and args.out):
-        parser.error("expected --raw and --out, or --check")
-    return args
-
-
 if __name__ == "__main__":
     with reported():
-        main()
+        main(parse_args(MixtureConfig))

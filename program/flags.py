@@ -57,6 +57,9 @@ HOW_NOT_WHAT = {
 
 EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}
 
+# What --help calls the values of a list that does not hold paths.
+METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME"}
+
 
 def parse_args(config_class, argv=None):
     """The flags given on the command line, as a dict; raises `InputError` for a bad one.
@@ -87,7 +90,7 @@ def parse_args(config_class, argv=None):
             options = {
                 "nargs": "+",
                 "action": "extend",  # `--data a b` and `--data a --data b` are the same
-                "metavar": {"tasks": "TASK", "stop": "TEXT"}.get(field.name, "PATH"),
+                "metavar": METAVARS.get(field.name, "PATH"),
             }
         default = "" if field.default is None else f" (default: {field.default})"
         help = f"{comments[field.name]}{default}".replace("%", "%%")

@@ -1,5 +1,5 @@
-"""The Tulu V2 mixture as a whole: builds of hand-made raw files, sampling, the filter, the table,
-`--check`, and what bad input says."""
+"""mixture.py as a whole: builds from hand-made raw files, sampling, the keyword filter, the table,
+--check, and the errors for bad input."""
 
 import csv
 import gzip
@@ -18,6 +18,7 @@ import sentencepiece
 
 import mixture
 from program.errors import InputError
+from program.flags import parse_args
 from tulu_mixture.readers import records
 from tulu_mixture.sources import SCIENCE_TASKS, SOURCES
 
@@ -49,7 +50,7 @@ def assistant(text):
     ],
 )
 def test_keyword_filter(text, hit):
-    """A substring in any case, in a message of any role, inside of words too."""
+    """A keyword hits in upper and lower case, in a message of any role, even inside a word."""
     for i in range(3):
         roles = ("system", "user", "assistant")
         messages = [{"role": r, "content": text if n == i else "x"} for n, r in enumerate(roles)]
@@ -71,7 +72,7 @@ def tokenizer_model(tmp_path_factory):
 
 
 def write_raw(raw):
-    """Every raw file in its published format, with a few records each."""
+    """Write every raw file in its published format, with a few records each."""
     import pyarrow
     import pyarrow.parquet
 
@@ -121,13 +122,8 @@ def raw(tmp_path):
 
 
 def run(*arguments):
-    """mixture.py with these arguments, in this process."""
-    before = sys.argv
-    sys.argv = ["mixture.py", *map(str, arguments)]
-    try:
-        mixture.main()
-    finally:
-        sys.argv = before
+    """Run mixture.py with these arguments in this process."""
+    mixture.main(parse_args(mixture.MixtureConfig, [*map(str, arguments)]))
 
 
 def read(path):
@@ -135,7 +131,7 @@ def read(path):
 
 
 def test_whole_build(raw, tmp_path, tokenizer_model, capsys):
-    """All sources, in order; ids by position; keyword hits dropped, hard-coded ones kept."""
+    """All sources in order; ids by position; keyword hits are dropped, but not hard-coded ones."""
     out = tmp_path / "mixture.jsonl"
     run("--raw", raw, "--out", out, "--tokenizer", tokenizer_model)
     rows = read(out)
@@ -166,7 +162,7 @@ def test_whole_build(raw, tmp_path, tokenizer_model, capsys):
 
 
 def test_same_seed_same_bytes(raw, tmp_path, tokenizer_model):
-    """A seed fixes every byte; another seed draws other templates; nothing else is left behind."""
+    """A seed fixes every byte, another seed draws other templates, and no other file is left."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         arguments = ("--out", tmp_path / f"{name}.jsonl", "--seed", seed)
         run("--raw", raw, "--tokenizer", tokenizer_model, *arguments)
@@ -176,7 +172,7 @@ def test_same_seed_same_bytes(raw, tmp_path, tokenizer_model):
 
 
 def test_a_source_does_not_depend_on_the_others(raw, tmp_path, tokenizer_model):
-    """Sources built one by one are, line by line, those of the whole build, in any order given."""
+    """Sources built one by one, in any order, give the lines of a build of all."""
     whole = tmp_path / "whole.jsonl"
     run("--raw", raw, "--out", whole, "--tokenizer", tokenizer_model)
     parts = b""
@@ -204,7 +200,7 @@ def test_random_stream_is_the_published_generator():
 
 
 def sample_of(path, size, seed):
-    """The positions (0, 1, …) of the rows that are sampled from a FLAN file."""
+    """The positions (0, 1, …) of the rows sampled from a FLAN file."""
     source = replace(SOURCE["cot"], sample=size)
     stream = mixture.random_stream(seed, "cot")
     made = mixture.conversations(source, [path], stream, None, mixture.Report())
@@ -212,7 +208,7 @@ def sample_of(path, size, seed):
 
 
 def test_samples_are_exact_ordered_and_even(tmp_path):
-    """A sample has the size asked for, no row twice, file order; every row has the same chance."""
+    """A sample has the right size, no row twice, file order; all rows are equally likely."""
     path = tmp_path / "rows.jsonl"
     rows = ({"inputs": "q", "targets": str(i)} for i in range(11))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -227,7 +223,7 @@ def test_samples_are_exact_ordered_and_even(tmp_path):
 
 
 def test_rows_outside_of_the_sample_are_checked(raw, tmp_path):
-    """A broken row is an error whether or not the seed would have drawn it."""
+    """A broken row is an error, whether or not the seed draws it."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"inputs": "q", "targets": "0"}\n' * 20 + '{"inputs": "q"}\n')
     for seed in range(5):
@@ -236,7 +232,7 @@ def test_rows_outside_of_the_sample_are_checked(raw, tmp_path):
 
 
 def test_missing_files(raw, tmp_path):
-    """The message names file and place of publication, and spells out how to go on without it."""
+    """The message names the file, where it is published, and the flag that goes on without it."""
     (raw / "train.jsonl").unlink()
     (raw / "sg_90k_part2_html_cleaned.json").unlink()
     with pytest.raises(InputError) as error:
@@ -252,7 +248,7 @@ def test_missing_files(raw, tmp_path):
 
 
 def test_other_places_and_endings(raw, tmp_path):
-    """A raw file may lie in a folder of its source, or be converted; two of a kind are an error."""
+    """A raw file may be in its source's folder, or in another format; two copies are an error."""
     flags = ("--raw", raw, "--overwrite", "--out", tmp_path / "out.jsonl", "--sources")
     run(*flags, "lima", "hard_coded", "oasst1")
     expected = (tmp_path / "out.jsonl").read_bytes()
@@ -272,7 +268,7 @@ def test_other_places_and_endings(raw, tmp_path):
 
 
 def test_output_is_whole_or_untouched(raw, tmp_path):
-    """An existing file is replaced only when asked, and an error half-way leaves what was there."""
+    """A file is replaced only with --overwrite, and an error half-way leaves it as it was."""
     out = tmp_path / "out.jsonl"
     out.write_text("mine")
     with pytest.raises(InputError, match="exists; --overwrite replaces a file"):
@@ -293,6 +289,12 @@ def test_output_is_whole_or_untouched(raw, tmp_path):
         run("--raw", raw, "--out", out, "--sources", "lima", "--overwrite")
 
 
+def test_help_lists_the_sources():
+    """--help shows the module's docstring: every source is in it, in the order of the mixture."""
+    listed = mixture.__doc__.partition("Sources: ")[2].partition(".")[0]
+    assert listed.split() == [source.name for source in SOURCES]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -300,7 +302,7 @@ def test_output_is_whole_or_untouched(raw, tmp_path):
         (("--raw", "r"), "expected --raw and --out, or --check"),
         (("--check", "f", "--out", "o.jsonl"), "--check takes neither --raw nor --out"),
         (("--raw", "nowhere", "--out", "o.jsonl"), "--raw nowhere: no such folder"),
-        (("--raw", ".", "--out", "o.jsonl", "--sources", "dolly"), "invalid choice: 'dolly'"),
+        (("--raw", ".", "--out", "o.jsonl", "--sources", "dolly"), "found 'dolly', expected some"),
         (("--raw", ".", "--out", "o.jsonl", "--seed", "x"), "argument --seed: invalid int"),
         (("--raw", "RAW", "--out", "o.jsonl"), "--tokenizer is missing: expected Llama's"),
         (("--raw", "RAW", "--out", "o.jsonl", "--tokenizer", "no"), "--tokenizer no: expected"),
@@ -312,7 +314,7 @@ def test_output_is_whole_or_untouched(raw, tmp_path):
     ],
 )
 def test_bad_flags(raw, tmp_path, flags, message):
-    """Every mistake on the command line is one line that begins with `error: `, and status 2."""
+    """Every mistake on the command line prints one line that begins with `error: `; status 2."""
     flags = [flag.replace("RAW", str(raw)) for flag in flags]
     command = [sys.executable, str(ROOT / "mixture.py"), *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -327,7 +329,7 @@ PUBLISHED |= SCIENCE_TASKS
 
 
 def test_check_passes_on_the_published_counts_and_on_nothing_else(tmp_path, capsys):
-    """The right counts pass, in several files of a folder too; one conversation more does not."""
+    """The right counts pass, also over several files of a folder; one conversation more fails."""
     line = '{{"dataset": "{}", "id": "x", "messages": [{{"role": "user", "content": "q"}}]}}\n'
     lines = {name: line.format(name) * number for name, number in PUBLISHED.items()}
     folder = tmp_path / "released"
@@ -347,7 +349,7 @@ def test_check_passes_on_the_published_counts_and_on_nothing_else(tmp_path, caps
 
 
 def test_check_of_some_sources_and_of_parquet(tmp_path, capsys):
-    """--sources limits what is compared; parquet is read like the released data set's."""
+    """--sources limits the comparison; parquet, the released data set's format, is read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -366,7 +368,7 @@ def test_check_of_some_sources_and_of_parquet(tmp_path, capsys):
 
 @real_data
 def test_real_raw_files(tmp_path, capsys):
-    """Code-Alpaca and ShareGPT's schema as published, with the Llama 2 tokenizer."""
+    """Code-Alpaca, and records of ShareGPT's published schema, with the Llama 2 tokenizer."""
     raw = tmp_path / "raw"
     raw.mkdir()
     code = (DATA / "raw" / "code_alpaca_2k.json").read_bytes()
@@ -389,16 +391,16 @@ def test_real_raw_files(tmp_path, capsys):
         f"sharegpt_{r['id']}_0": [turn["value"] for turn in r["conversations"]]
         for r in json.loads(shared)
     }
-    found = [row for row in rows if row["dataset"] == "sharegpt"]
-    assert found
-    for row in found:
+    chats = [row for row in rows if row["dataset"] == "sharegpt"]
+    assert chats
+    for row in chats:
         assert [m["content"] for m in row["messages"]] == expected[row["id"]]
     assert not any(mixture.has_keyword(row) for row in rows)
 
 
 @real_data
 def test_token_counts_are_those_of_the_tokenizer():
-    """Counts of a batch are the counts of its texts one by one, the Llama tokenizer's."""
+    """The counts of a batch are those of its texts one by one."""
     model = DATA / "llama2-tokenizer" / "tokenizer.model"
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(model))
     texts = ["", "a", "  two  spaces", "字 é \U0001f600", "line\nline", "word " * 5000]

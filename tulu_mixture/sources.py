@@ -1,9 +1,10 @@
 """The eleven sources of the Tulu V2 mixture: their records as conversations, and their counts.
 
 `mixture.py` reads the raw files and calls a source's converter on every record, with the source's
-random stream. A converter yields conversations: `messages`, and where the source has its own an
-`id` or a `dataset`. For what the original leaves out it yields the reason, as text, to be counted.
-What breaks the raw schema raises `InputError`. `SOURCES`, at the end, is the table of facts.
+random stream. A converter yields conversations: `messages`, and an `id` or a `dataset` where the
+source has its own. Where the original leaves something out, it yields the reason, a text, to be
+counted. It raises `InputError` for a record of another schema. `SOURCES`, at the end, is the table
+of facts.
 
 Rules and quirks follow open-instruct at 60ceefa, `open_instruct/reformat_datasets.py` and
 `scripts/split_sharegpt_conversations.py`; the counts are the paper's (arXiv 2311.10702) before the
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from program.errors import InputError
 
 SHAREGPT_LIMIT = 4096  # tokens of a chunk, as in the command that was run; the paper says 4,196
-ROLE_TOKENS = 6  # what every message is taken to cost beside its own tokens
+ROLE_TOKENS = 6  # counted for every message beside its own
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Source:
 
 
 def checked(value, what: str, *kinds: type):
-    """The value, if it is of one of `kinds` and, being text, can be written as UTF-8."""
+    """The value; raises `InputError` if it is none of `kinds`, or text that UTF-8 cannot hold."""
     if type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
         raise InputError(f"{what} is {type(value).__name__}, expected {expected}")
@@ -41,7 +42,7 @@ def checked(value, what: str, *kinds: type):
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise InputError(f"{what} holds half a surrogate pair, which is no character") from None
+            raise InputError(f"{what} holds half a surrogate pair, expected Unicode text") from None
     return value
 
 
@@ -53,13 +54,13 @@ def field(record, name: str, *kinds: type):
 
 
 def chat(*texts: str) -> list[dict]:
-    """Messages of user and assistant in turn."""
+    """Messages by the user and the assistant in turn."""
     roles = itertools.cycle(("user", "assistant"))
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
 def flan(record, _stream):
-    """FLAN v2 and its chain-of-thought part: the prompt ends in a newline, or in a colon."""
+    """FLAN v2 and its chain-of-thought part; a prompt ends in a newline or a colon."""
     prompt = field(record, "inputs", str)
     if not prompt.endswith("\n") and not prompt.rstrip().endswith(":"):
         prompt += "\n"
@@ -67,14 +68,14 @@ def flan(record, _stream):
 
 
 def oasst1(record, _stream):
-    """Open Assistant: from the first prompt, always on to the reply of the best quality.
+    """Open Assistant: the path from the first prompt that takes the best reply at every message.
 
-    Deleted messages do not count. The path is kept only if it ends at an answer that nobody replied
-    to: a prompt without an answer, or an answer whose replies are all deleted, ends it in nothing.
+    Deleted messages do not count. The path is kept only if it ends in an answer without replies,
+    not if it ends in a prompt without an answer, or in an answer whose replies are all deleted.
     """
     messages, nodes, role = [], [field(record, "prompt", dict)], None
     while alive := [node for node in nodes if not field(node, "deleted", bool)]:
-        node = max(alive, key=oasst1_quality)  # the first of equals, like a stable descending sort
+        node = max(alive, key=oasst1_quality)  # the first of equals
         role, nodes = field(node, "role", str), field(node, "replies", list)
         if role not in ("prompter", "assistant"):
             raise InputError(f"role {role!r}, expected 'prompter' or 'assistant'")
@@ -91,7 +92,7 @@ def oasst1(record, _stream):
 
 
 def oasst1_quality(node) -> float:
-    """The mean of the reviewers' quality marks; 0 for a message that has none."""
+    """The mean of the reviewers' quality marks; 0 for a message without any."""
     labels = field(node, "labels", dict) if "labels" in node else {}
     if "quality" not in labels:
         return 0.0
@@ -99,17 +100,17 @@ def oasst1_quality(node) -> float:
 
 
 def lima(record, _stream):
-    """LIMA: a list of texts, in turn the user's and the assistant's."""
+    """LIMA: a list of texts by the user and the assistant in turn."""
     texts = [checked(text, "a message", str) for text in field(record, "conversations", list)]
     if len(texts) < 2:
-        raise InputError(f"{len(texts)} messages, expected a prompt and an answer at least")
+        raise InputError(f"{len(texts)} messages, expected at least a prompt and an answer")
     if len(texts) % 2:
         yield "last messages without an answer, cut off"
     yield {"messages": chat(*texts[: len(texts) // 2 * 2])}
 
 
 def alpaca(record, stream):
-    """GPT4-Alpaca and Code-Alpaca: instruction and input in a template drawn by weight."""
+    """GPT4-Alpaca and Code-Alpaca: instruction and input, in a template drawn by weight."""
     instruction, answer = field(record, "instruction", str), field(record, "output", str)
     context = (field(record, "input", str, type(None)) or "").strip()
     templates = WITH_INPUT if context else WITHOUT_INPUT
@@ -119,9 +120,9 @@ def alpaca(record, stream):
     yield {"messages": chat(prompt, lead + answer.strip())}
 
 
-# Weight in twentieths, prompt, what stands before the answer. Weights and structure are the
-# original's, the sentences are ours. "Plase" is no slip of ours: one template of the original has
-# it, and so had 1 in 20 of the prompts without input that Tulu 2 was trained on.
+# Weight in twentieths, prompt, text before the answer. Weights and structure are the original's;
+# the sentences are ours. "Plase" is no slip of ours: one template of the original has it, and so
+# had 1 in 20 of the prompts without input that Tulu 2 was trained on.
 WITH_INPUT = (
     (4, "{I}\n\n{X}\n\n", ""),
     (2, "{I}\n{X}\n\n", ""),
@@ -162,12 +163,12 @@ WITHOUT_INPUT = (
 
 
 def sharegpt(record, _stream):
-    """ShareGPT: split into chunks of whole pairs of messages that fit into `SHAREGPT_LIMIT` tokens.
+    """ShareGPT: split into chunks of whole pairs of messages of at most `SHAREGPT_LIMIT` tokens.
 
-    `mixture.py` has added `tokens`, the number of tokens of each message. Greedy, with the
-    original's quirks: a pair that is too long on its own is skipped, and leaves a debt of room, so
-    that the pair after it never joins a running chunk; and where the last pair does not fit, nobody
-    is left to close the chunk that it would begin, and it is lost.
+    `tokens`, the number of tokens of each message, is added by `mixture.py`. The split is greedy
+    and has the original's quirks. A pair that is too long for a chunk is skipped; it makes `room`
+    negative, so that the next pair always begins a new chunk. A chunk is only closed by a later
+    pair or by a last pair that fits, so a last pair that does not fit is lost.
     """
     turns, tokens = record["conversations"], record["tokens"]
     end = len(turns) // 2 * 2
@@ -201,7 +202,7 @@ def sharegpt(record, _stream):
 
 
 def sharegpt_texts(record) -> list[str]:
-    """The texts of a raw ShareGPT record, whose fields are checked on the way."""
+    """The texts of a raw ShareGPT record; checks its fields."""
     field(record, "id", str)
     turns = field(record, "conversations", list)
     for turn in turns:
@@ -220,28 +221,25 @@ def wizardlm(record, _stream):
 
 
 def open_orca(record, _stream):
-    """Open-Orca: always with a system message, be it empty."""
+    """Open-Orca: always with a system message, even if empty."""
     system = {"role": "system", "content": field(record, "system_prompt", str)}
     messages = chat(field(record, "question", str), field(record, "response", str))
     yield {"id": f"open_orca_{field(record, 'id', str)}", "messages": [system, *messages]}
 
 
 def science(record, _stream):
-    """The science tasks: each is a data set of its own."""
+    """The science tasks: each of them is a `dataset`."""
     messages = chat(field(record, "input", str), field(record, "output", str))
     yield {"dataset": f"science.{field(record, 'dataset', str)}", "messages": messages}
 
 
 def hard_coded(record, _stream):
-    """Questions about Tulu itself, with the answers that it should give."""
+    """Questions about Tulu itself, with the answers it should give."""
     prompt, answer = field(record, "Prompt", str), field(record, "Output", str)
     if not prompt.strip() or not answer.strip():
         raise InputError("'Prompt' or 'Output' is empty")
     yield {"messages": chat(prompt, answer)}
 
-
-SHAREGPT = "huggingface.co/datasets/anon8231489123/ShareGPT_Vicuna_unfiltered"
-WIZARDLM = "gone from WizardLM/WizardLM_evol_instruct_V2_196k; a copy, in parquet: "
 
 HUB = "huggingface.co/datasets/"
 STORE = HUB + "hamishivi/tulu_mix_store"  # of one of the authors
@@ -255,7 +253,7 @@ SHAREGPT_PARTS = ("sg_90k_part1_html_cleaned.json", "sg_90k_part2_html_cleaned.j
 COT_PARTS = ("cot_zsopt.jsonl", "cot_fsopt.jsonl")  # zero-shot, few-shot
 EVOL_V2 = "WizardLM_evol_instruct_V2_143k.json"
 
-# In the order in which they are written.
+# In the order of the mixture.
 SOURCES = (
     Source("flan_v2", ("flan_v2_resampled_50k.jsonl",), STORE, flan, 50_000, 49_123),
     Source("cot", COT_PARTS, STORE, flan, 50_000, 49_747, sample=25_000),
@@ -278,8 +276,8 @@ SOURCES = (
     Source("hard_coded", ("hard_coded_examples.csv",), SHEET, hard_coded, 140, 140, repeat=10),
 )
 
-# Published conversations of each science task after the filter; before it 1,678, 2,255, 919, 1,992
-# and, for the two of scierc together, 700.
+# Published conversations of each science task after the filter. Before it there were 1,678, 2,255,
+# 919, 1,992 and, in both of scierc's, 700.
 SCIENCE_TASKS = {
     "science.evidence_inference": 1_674,
     "science.qasper_truncated_4000": 2_218,
