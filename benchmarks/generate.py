@@ -14,12 +14,12 @@ it.
 
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks import inputs
+from benchmarks.loops import clocks
 from benchmarks.measure import write
 from checkpoint.config import config_from_dict
 from decoding.generator import TextGenerator
@@ -127,10 +127,11 @@ def compare(config, ours, theirs, prompts, batch):
     cpu_seconds = {name: [] for name in turns}
     for number in range(config.rounds):
         for name in list(turns)[:: 1 if number % 2 else -1]:
-            began = time.perf_counter(), time.process_time()
+            started = clocks()
             turns[name]()
-            seconds[name].append(round(time.perf_counter() - began[0], 4))
-            cpu_seconds[name].append(round(time.process_time() - began[1], 4))
+            wall, cpu = (clocks() - started).tolist()
+            seconds[name].append(round(wall, 4))
+            cpu_seconds[name].append(round(cpu, 4))
     tokens = sum(lengths[: len(prompts)])
 
     def ratio(times):

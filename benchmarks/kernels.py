@@ -23,13 +23,13 @@ from benchmarks.measure import (
     attention_flops,
     cross_entropy_flops,
     doc_start_of,
+    gpu_unless_toy,
     milliseconds,
     packed_lengths,
     write,
 )
 from kernels.attention import attention, attention_layout
 from kernels.cross_entropy import linear_cross_entropy
-from program.errors import InputError
 from program.flags import parse_args
 
 
@@ -273,9 +273,7 @@ def main(arguments):
     """Measure, print a line each, and write the JSON file."""
     config = KernelsBenchConfig(**parse_args(KernelsBenchConfig, arguments))
     budget = Budget(config.minutes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not config.toy:
-        raise InputError("bench.py kernels needs a GPU, and found none (rehearse with --toy)")
+    device = gpu_unless_toy(config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results = {"attention": [], "cross_entropy": []}
     for kind, case, name, measure in jobs(config.toy, device, dtype):

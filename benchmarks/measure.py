@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from program.errors import InputError
+
 
 def milliseconds(function, device):
     """Median time of one call.
@@ -50,6 +52,15 @@ def milliseconds_on_gpu(function, total=150, fewest=7, most=50):
         if len(times) >= fewest and sum(times) > total:
             break
     return statistics.median(times)
+
+
+def gpu_unless_toy(flags):
+    """The GPU's device; with --toy, where there is no GPU, the CPU's."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if not flags.toy:
+        raise InputError("found no GPU, expected one (--toy rehearses without)")
+    return torch.device("cpu")
 
 
 class Budget:

@@ -16,10 +16,9 @@ import torch
 
 import sft
 from benchmarks import inputs
-from benchmarks.measure import Budget, doc_start_of, packed_lengths, write
+from benchmarks.measure import Budget, doc_start_of, gpu_unless_toy, packed_lengths, write
 from checkpoint.config import config_from_dict
 from model import Llama
-from program.errors import InputError
 from program.flags import parse_args
 from program.hardware import peak_flops, peak_memory_gib
 from program.ranks import start
@@ -150,17 +149,15 @@ def main(arguments):
     """Measure, print, and write the JSON file."""
     options = StepConfig(**parse_args(StepConfig, arguments))
     budget = Budget(options.minutes)
-    _, _, device = start()
-    gpu = device.type == "cuda"
-    if not gpu and not options.toy:
-        raise InputError("bench.py step needs a GPU, and found none (rehearse with --toy)")
+    start()
+    device = gpu_unless_toy(options)
     config, T = (TOY, 256) if options.toy else (LLAMA_2_7B, 16384)
     if not options.toy:
         memory = torch.cuda.get_device_properties(device).total_memory
         layers = options.layers or layers_that_fit(memory, config, T, options.recompute)
         config = dataclasses.replace(config, num_hidden_layers=layers)
     lengths = packed_lengths(20 if options.toy else 490, T)
-    dtype = torch.bfloat16 if gpu else torch.float32
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     result = measure(config, lengths, device, dtype, options.recompute, budget)
     for name, value in result.items():
         print(f"{name}: {value}")

@@ -1,4 +1,6 @@
-"""Block sizes of the kernels, timed beside those that are shipped: `python bench.py tune [--toy]`.
+"""Block sizes of the kernels, timed beside those that are shipped: `python bench.py tune`.
+
+To rehearse without a GPU: `TRITON_INTERPRET=1 python bench.py tune --toy`.
 
 Every candidate runs alone, on dense and on chat-like rows of 16k tokens with 7B's heads, and must
 give the result of the shipped sizes. At the end all candidates are printed by time, for each kernel
@@ -16,12 +18,12 @@ from benchmarks.measure import (
     Budget,
     attention_flops,
     doc_start_of,
+    gpu_unless_toy,
     milliseconds,
     packed_lengths,
     write,
 )
 from kernels import attention, cross_entropy
-from program.errors import InputError
 from program.flags import parse_args
 
 # (BM, BN, num_warps, num_stages) that compile for sm_90 at D = 128 without spills under Triton 3.6.
@@ -181,11 +183,7 @@ def main(arguments):
     """Measure, print a line each, then the candidates by time, and write the JSON file."""
     config = TuneConfig(**parse_args(TuneConfig, arguments))
     budget = Budget(config.minutes)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu" and not config.toy:
-        raise InputError(
-            "bench.py tune needs a GPU, and found none (rehearse with --toy and TRITON_INTERPRET=1)"
-        )
+    device = gpu_unless_toy(config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     results = []
     for name, row, candidate, measure in jobs(config.toy, device, dtype):
