@@ -149,13 +149,13 @@ def test_kernels_for_grouped_heads(H, Hk, dtype):
 def test_where_there_is_nothing_to_choose_queries_and_keys_have_no_gradient(dtype):
     """In a document of one token o = v, and do·v - do·o is zero to fp32's rounding, not dtype's.
 
-    So it is for backward in general: the two products cancel where the values of a document are
-    alike, and what 16 bits would round off them is all that dq would be.
+    The two products cancel wherever the values of a document are alike. If either were rounded to
+    16 bits first, what was rounded off would be the gradient.
     """
     T, D = 37, 64
-    inputs = make_inputs([1] * T, 2, 1, D, dtype)
-    q, k, v, d_out = (x.double() for x in inputs)
-    out, dq, dk, _ = run(attention_triton, *(x.to(DEVICE) for x in (*inputs, doc_start_of([1] * T))))
+    inputs = *make_inputs([1] * T, 2, 1, D, dtype), doc_start_of([1] * T)
+    q, k, v, d_out = (x.double() for x in inputs[:4])
+    out, dq, dk, _ = run(attention_triton, *(x.to(DEVICE) for x in inputs))
     assert torch.equal(out.double().cpu(), v.expand(T, 2, D))
     # Two sums of D products in fp32, each off by at most D roundings of their sizes' sum.
     ds = 2 * D * 2**-24 * (d_out.abs() * v.abs()).sum(dim=2, keepdim=True)  # (T, H, 1)
