@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from checkpoint import weights as checkpoint
 from checkpoint.config import read_config
+from checkpoint import weights as checkpoint
 from model import Llama
 from program.ranks import start
 from tokens.tokenizer import Tokenizer

@@ -25,7 +25,6 @@ from program import files
 from program.errors import RunError
 from program.ranks import start
 from tokens.records import encode_pair
-from training import reference as reference_module
 from training.reference import (
     answer_logps,
     read_reference,
@@ -33,6 +32,7 @@ from training.reference import (
     reference_logps,
     write_reference,
 )
+from training import reference as reference_module
 
 
 @pytest.fixture
