@@ -4,6 +4,7 @@ import json
 import shutil
 
 import torch
+from harm import harmed, recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -47,12 +48,42 @@ def test_what_is_written_gives_the_same_logits_and_ids_in_transformers(base, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_bf16_weights_survive_a_round_trip_bit_for_bit(base, tmp_path):
-    """Reading what we wrote and writing it again gives the same file."""
-    for k, source in enumerate((base, tmp_path / "0", tmp_path / "1")):
-        checkpoint.save_hf(sharded(source), Tokenizer(base), source, tmp_path / str(k))
-    first, second = (tmp_path / str(k) / "model.safetensors" for k in (1, 2))
-    assert first.read_bytes() == second.read_bytes()
+def rounded(folder):
+    """The weights of a folder as torch rounds them to bf16: to the nearest, ties to even."""
+    weights = load_file(folder / "model.safetensors")
+    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+
+
+def assert_bits(folder, expected):
+    """The folder's file holds exactly these tensors in bf16, bit for bit."""
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, weight in written.items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name]), name
+
+
+def test_weights_are_rounded_to_bf16_once_and_then_survive_bit_for_bit(base, tmp_path):
+    """The file holds w.to(bfloat16) of every fp32 weight; read and written again, the same."""
+    checkpoint.save_hf(sharded(base), Tokenizer(base), base, tmp_path / "one")
+    assert_bits(tmp_path / "one", rounded(base))
+    checkpoint.save_hf(sharded(tmp_path / "one"), Tokenizer(base), base, tmp_path / "two")
+    assert_bits(tmp_path / "two", rounded(base))
+
+
+def test_two_ranks_write_the_same_weights_as_one(base, conversations, tmp_path):
+    """w.to(bfloat16) again, after one update at a rate of 0 (the first of the warm-up)."""
+    assert harmed(recipe(base, conversations, tmp_path) | {"max_steps": 1}, ranks=2) == 0
+    assert_bits(tmp_path, rounded(base))
+
+
+def test_checkpoints_are_sorted_by_their_update(tmp_path):
+    """Newest first, also where the number outgrows its six digits."""
+    steps = [7, 10, 999_998, 999_999, 1_000_000, 1_000_001, 10_000_000]
+    for step in steps:
+        (tmp_path / "checkpoints" / f"step-{step:06}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "partial").mkdir()
+    found = [int(place.name[5:]) for place in checkpoint.saved_runs(tmp_path)]
+    assert found == steps[::-1]
 
 
 def test_large_models_are_written_in_shards_with_an_index(base, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from data import (
 from errors import InputError
 from model import Decoder, LlamaConfig
 from readers import data_files, parse, read_batches
+from training import model_flops
 
 PROPERTY = {"derandomize": True, "deadline": None, "database": None, "max_examples": 100}
 
@@ -66,6 +67,22 @@ def test_costs_of_ranks_differ_by_one_document_at_most(lengths, ranks):
     plan = plan_rows(np.array(lengths), ranks, 900, E)
     shares = [sum(costs[i] for row in rows for i in row) for rows in plan]
     assert max(shares) - min(shares) <= max(costs) + 1e-6
+
+
+def test_a_ranks_cost_is_what_the_model_computes():
+    """One long document against short ones: the other rank gets as many of them as cost the same.
+
+    By the FLOPs of a block with 7B's proportions (an MLP of 8/3 of the hidden size): 144 tokens
+    cost as much as 30.9 times 12, by n + n²/12E 432 against 14. By tokens it would be 12 times, by
+    their squares 144, by n + n²/24E 22.2 and by n + n²/6E 45.
+    """
+    E = 6
+    config = LlamaConfig(10, E, 8 * E // 3, 1, 1, 1, E, 1e-5, 1e4, False)
+    ratio = model_flops(config, [144], 0) / model_flops(config, [12], 0)
+    assert ratio == pytest.approx(432 / 14)
+    first, second = plan_rows(np.array([144] + [12] * 32), 2, 1000, E)
+    assert sorted(sum(second, [])) == list(range(1, 32)) and len(sum(second, [])) == 31 > ratio
+    assert sorted(sum(first, [])) == [0, 32]
 
 
 def test_an_update_of_tulu_is_spread_evenly():
