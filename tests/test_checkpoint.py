@@ -1,7 +1,9 @@
 """Hugging Face folders in and out. (What a kill or a full disk leaves: test_crash.py.)"""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from harm import harmed, recipe
@@ -74,6 +76,39 @@ def test_two_ranks_write_the_same_weights_as_one(base, conversations, tmp_path):
     """w.to(bfloat16) again, after one update at a rate of 0 (the first of the warm-up)."""
     assert harmed(recipe(base, conversations, tmp_path) | {"max_steps": 1}, ranks=2) == 0
     assert_bits(tmp_path, rounded(base))
+
+
+def test_what_an_older_or_newer_config_says_of_its_type_is_replaced(base, tmp_path):
+    """Base and result may differ in dtype and in the code they need; all else is carried over."""
+    source = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    foreign = {"dtype": "float32", "_name_or_path": "elsewhere", "auto_map": {"AutoModel": "x.Y"}}
+    (source / "config.json").write_text(json.dumps(config | foreign | {"use_cache": False}))
+    checkpoint.save_hf(sharded(source), Tokenizer(base), source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == config | {"torch_dtype": "bfloat16", "use_cache": True}
+
+
+def test_tensors_begin_at_a_multiple_of_8_bytes(tmp_path):
+    """For readers that map the file: whatever the length of the header (here, of a name in it)."""
+    lengths = set()
+    for k in range(8):
+        name, blocks = "w" * (k + 1), iter([torch.ones(1, 3, dtype=torch.bfloat16)])
+        checkpoint.write_tensors({name: (1, 3)}, blocks, tmp_path)
+        content = (tmp_path / "model.safetensors").read_bytes()
+        lengths.add(int.from_bytes(content[:8], "little"))
+        assert torch.equal(
+            load_file(tmp_path / "model.safetensors")[name].float(), torch.ones(1, 3)
+        )
+    assert all(length % 8 == 0 for length in lengths)
+
+
+def test_a_digest_is_of_the_whole_file(tmp_path):
+    """Also of one that is read in several pieces."""
+    content = bytes(range(256)) * (9 << 12)  # 9 MiB
+    (tmp_path / "file").write_bytes(content)
+    expected = [len(content), hashlib.sha256(content).hexdigest()]
+    assert checkpoint.digest(tmp_path / "file") == expected
 
 
 def test_checkpoints_are_sorted_by_their_update(tmp_path):

@@ -384,6 +384,31 @@ def test_every_kind_of_file_gives_the_same_records(suffix, tmp_path):
     assert len(shares) == 3 and shares == sorted(shares) and 0 < shares[0] and shares[-1] == 1
 
 
+def test_batches_are_bounded_in_records_and_in_bytes(tmp_path, monkeypatch):
+    """Memory holds one batch: it ends with the record that fills it."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"123456\n" * 10 + b"1\n" * 10)
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 4)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 20)
+    batches = [(first, len(records)) for first, records, _ in read_batches(path)]
+    assert batches == [(1, 3), (4, 3), (7, 3), (10, 4), (14, 4), (18, 3)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json"])
+def test_where_a_broken_file_ends_is_told_by_the_record(suffix, tmp_path, monkeypatch):
+    """In the second batch: the number is that of the first record that cannot be read."""
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 500)
+    path = write_as(suffix, tmp_path)
+    if suffix == ".json":
+        text = path.read_text().encode()
+        path.write_bytes(text[: text.index(b"r700")])
+    else:
+        lines = "".join(json.dumps(r) + "\n" for r in RECORDS[:700]).encode()
+        path.write_bytes(gzip.compress(lines)[:-8])  # all of the text, without its checksum
+    with pytest.raises(InputError, match=rf"data{suffix}:701: "):
+        read(path)
+
+
 def test_line_numbers_count_blank_lines(tmp_path, monkeypatch):
     """Wherever the borders of batches fall; a byte order mark and CR LF are no content."""
     path = tmp_path / "a.jsonl"
@@ -425,6 +450,7 @@ def test_what_data_means(tmp_path):
     for name in ("b.jsonl", "a.parquet", ".c.jsonl", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").mkdir()
     assert [p.name for p in data_files([tmp_path])] == ["a.parquet", "b.jsonl"]
     assert data_files([tmp_path / "b.jsonl", tmp_path])[0].name == "b.jsonl"
     for name, problem in (

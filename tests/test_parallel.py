@@ -8,7 +8,8 @@ import torch
 from harm import FORKS, free_port
 from torch.distributed.fsdp import FSDPModule
 
-from checkpoint import local_rows
+from checkpoint import local_rows, raise_together
+from errors import RunError
 from model import Llama, LlamaConfig
 from parallel import gather_lists, shard, start, sum_over_ranks, watch_signals
 
@@ -90,10 +91,31 @@ def test_one_rank_computes_in_the_type_it_is_told_to(dtype):
     assert isinstance(model, FSDPModule) == (dtype == torch.bfloat16)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputation_runs_every_block_again_in_backward(recompute):
+    """And only then: the MLPs, from the last block to the first, keep nothing of the forward."""
+    _, _, device = start()
+    with torch.device("meta"):
+        model = Llama(CONFIG)
+    shard(model, device, torch.float32, recompute=recompute)
+    called = []
+    for number, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, n=number: called.append(n))
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.copy_(weights(number, parameter.shape))
+    nll = model(*(x.to(device) for x in row(0)))
+    assert called == [0, 1]
+    nll.sum().backward()
+    assert called == ([0, 1, 1, 0] if recompute else [0, 1])
+
+
 def two_ranks_in_bf16():
     """Rank r takes the rows 2r and 2r + 1."""
     rank = start()[0]
     model, computed = sharded(torch.bfloat16)
+    # Each block is gathered by itself, and the rest with the model.
+    assert all(isinstance(part, FSDPModule) for part in (model, *model.model.layers))
     for number in (2 * rank, 2 * rank + 1):
         model(*row(number)).sum().backward()
     assert computed == [torch.bfloat16] * 4
@@ -120,14 +142,18 @@ def test_two_ranks_in_bf16_sum_their_gradients_in_fp32():
 
 def sums_and_lists():
     rank, world, device = start()
+    # What goes wrong on one rank stops them all, with its message.
+    with pytest.raises(RunError, match=r"it failed \(no room\); what was saved before"):
+        raise_together(OSError("no  room") if rank == 1 else None, "it failed")
+    raise_together(None, "nothing failed")
     assert world == 3
     # fp64: fp32 has no 2^24 + 1. Integers may be among them (the loops send a count of signals).
     assert sum_over_ranks([2**24 * (rank == 0) + rank, 0.1], device) == [2**24 + 3, 0.1 + 0.1 + 0.1]
     assert gather_lists([rank] * (2 - rank)) == [0, 0, 1]
 
 
-def test_sums_are_fp64_and_lists_in_the_order_of_ranks():
-    """Of three ranks, one of which has nothing to add to the list."""
+def test_sums_are_fp64_lists_in_the_order_of_ranks_and_failures_shared():
+    """Of three ranks, one of which has nothing to add to the list, and another one fails."""
     assert statuses(sums_and_lists, count=3) == [0, 0, 0]
 
 
