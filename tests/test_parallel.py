@@ -13,7 +13,7 @@ from errors import RunError
 from model import Llama, LlamaConfig
 from parallel import gather_lists, shard, start, sum_over_ranks, watch_signals
 
-CONFIG = LlamaConfig(37, 16, 24, 2, 2, 1, 8, 1e-5, 1e4, False)
+CONFIG = LlamaConfig(37, 64, 96, 2, 2, 1, 32, 1e-5, 1e4, False)
 
 
 def statuses(function, *args, count=1):
@@ -33,13 +33,14 @@ def as_rank(function, args, rank, count, port):
     torch.set_num_threads(1)
     names = {"RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # NCCL takes no two ranks on one GPU
     function(*args)
 
 
 def weights(number, shape):
     """Those of a parameter, by its number in the model: the same in every process."""
     normal = torch.randn(shape, generator=torch.Generator().manual_seed(number))
-    return 0.3 * normal + (len(shape) == 1)
+    return 0.1 * normal + (len(shape) == 1)
 
 
 def row(number):
