@@ -1,5 +1,6 @@
 """errors.py: what ends a program, as its caller sees it: one line, exit status, no traceback."""
 
+import os
 import subprocess
 import sys
 
@@ -11,8 +12,10 @@ def ended(statement, **options):
     """A small program of ours that ends with this statement; its output and status."""
     code = f"import errors\nwith errors.reported():\n    print('before')\n    {statement}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    # What was printed must come out although the program ends without Python's own clean-up.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, text=True, timeout=60, check=False, **pipes
+        [sys.executable, "-c", code], cwd=ROOT, env=buffered, text=True, timeout=60, **pipes
     )
 
 
