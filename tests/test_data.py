@@ -27,6 +27,7 @@ from program.errors import InputError
 from tokens import readers
 from tokens.readers import data_files, parse, read_batches
 from tokens.tokenizer import Tokenizer
+from training.update import model_flops
 
 PROPERTY = {"derandomize": True, "deadline": None, "database": None, "max_examples": 100}
 
@@ -66,6 +67,22 @@ def test_costs_of_ranks_differ_by_one_document_at_most(lengths, ranks):
     plan = plan_rows(np.array(lengths), ranks, 900, E)
     shares = [sum(costs[i] for row in rows for i in row) for rows in plan]
     assert max(shares) - min(shares) <= max(costs) + 1e-6
+
+
+def test_a_ranks_cost_is_what_the_model_computes():
+    """One long document against short ones: the other rank gets as many of them as cost the same.
+
+    By the FLOPs of a block with 7B's proportions (an MLP of 8/3 of the hidden size): 144 tokens
+    cost as much as 30.9 times 12, by n + n²/12E 432 against 14. By tokens it would be 12 times, by
+    their squares 144, by n + n²/24E 22.2 and by n + n²/6E 45.
+    """
+    E = 6
+    config = LlamaConfig(10, E, 8 * E // 3, 1, 1, 1, E, 1e-5, 1e4, False)
+    ratio = model_flops(config, [144], 0) / model_flops(config, [12], 0)
+    assert ratio == pytest.approx(432 / 14)
+    first, second = plan_rows(np.array([144] + [12] * 32), 2, 1000, E)
+    assert sorted(sum(second, [])) == list(range(1, 32)) and len(sum(second, [])) == 31 > ratio
+    assert sorted(sum(first, [])) == [0, 32]
 
 
 def test_an_update_of_tulu_is_spread_evenly():
@@ -367,6 +384,31 @@ def test_every_kind_of_file_gives_the_same_records(suffix, tmp_path):
     assert len(shares) == 3 and shares == sorted(shares) and 0 < shares[0] and shares[-1] == 1
 
 
+def test_batches_are_bounded_in_records_and_in_bytes(tmp_path, monkeypatch):
+    """Memory holds one batch: it ends with the record that fills it."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"123456\n" * 10 + b"1\n" * 10)
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 4)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 20)
+    batches = [(first, len(records)) for first, records, _ in read_batches(path)]
+    assert batches == [(1, 3), (4, 3), (7, 3), (10, 4), (14, 4), (18, 3)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json"])
+def test_where_a_broken_file_ends_is_told_by_the_record(suffix, tmp_path, monkeypatch):
+    """In the second batch: the number is that of the first record that cannot be read."""
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 500)
+    path = write_as(suffix, tmp_path)
+    if suffix == ".json":
+        text = path.read_text().encode()
+        path.write_bytes(text[: text.index(b"r700")])
+    else:
+        lines = "".join(json.dumps(r) + "\n" for r in RECORDS[:700]).encode()
+        path.write_bytes(gzip.compress(lines)[:-8])  # all of the text, without its checksum
+    with pytest.raises(InputError, match=rf"data{suffix}:701: "):
+        read(path)
+
+
 def test_line_numbers_count_blank_lines(tmp_path, monkeypatch):
     """Wherever the borders of batches fall; a byte order mark and CR LF are no content."""
     path = tmp_path / "a.jsonl"
@@ -408,6 +450,7 @@ def test_what_data_means(tmp_path):
     for name in ("b.jsonl", "a.parquet", ".c.jsonl", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").mkdir()
     assert [p.name for p in data_files([tmp_path])] == ["a.parquet", "b.jsonl"]
     assert data_files([tmp_path / "b.jsonl", tmp_path])[0].name == "b.jsonl"
     for name, problem in (

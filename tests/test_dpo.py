@@ -213,6 +213,31 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, prefer
         torch.testing.assert_close(saved[name].float(), parameter.data, rtol=2**-7, atol=4e-4)
 
 
+def test_bf16_trains_as_fp32_does_on_one_rank_and_on_two(base, preferences, tmp_path):
+    """ln 2 first, then the same losses, rewards and log-probabilities but for bf16's rounding."""
+    found = {}
+    for dtype, ranks in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
+        out = tmp_path / f"{dtype}-{ranks}"
+        flags = {"model": str(base), "data": [str(preferences)], "out": str(out), "dtype": dtype}
+        flags |= {"batch_size": 6, "lr": 1e-3, "warmup_ratio": 0, "max_steps": 3}
+        assert harmed(flags | {"micro_tokens": 900}, ranks=ranks, program="dpo") == 0
+        found[out.name] = updates(out)
+    exact = found.pop("float32-1")
+    for records in found.values():
+        assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        for side in ("chosen", "rejected"):
+            # A reference in fp32 would be off by 2e-2 in the mean; times beta, 2e-3.
+            assert records[0][f"rewards/{side}"] == pytest.approx(0, abs=5e-4)
+        for a, b in zip(exact, records, strict=True):
+            # bf16 rounds to within 2^-9; over the tokens of some answers most of it averages out.
+            for name in ("logps/chosen", "logps/rejected"):
+                assert a[name] != b[name] == pytest.approx(a[name], rel=2**-11), name
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2**-6)
+            # beta times what is left in log-probabilities of some hundreds
+            for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+                assert b[name] == pytest.approx(a[name], abs=5e-3), name
+
+
 # ---- Runs that come to harm; sft.py's are in test_crash.py, and most code is the same
 
 LOG = ("dpo", "append_record")

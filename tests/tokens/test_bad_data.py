@@ -85,6 +85,7 @@ USER = [{"role": "user", "content": "one"}]
         ("x.json", b"\xff\xfe", "x.json:1: 'utf-8' codec"),
         ("x.json", b"[" * 100_000, "x.json:1: expected {, found ["),
         ("x.json", b"[1]", "x.json:1: expected {, found 1"),
+        ("x.json", b'[{"a": 1}] [', "x.json:2: more text after the end of the list"),
         ("x.parquet", b"PAR1 nonsense", "x.parquet: not a readable parquet file"),
         ("x.parquet", b"", "x.parquet: not a readable parquet file"),
         ("x.txt", b"hello", "x.txt: unknown kind of file, expected .jsonl, .jsonl.gz, .json, .par"),

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -176,6 +177,19 @@ def test_another_input_is_another_cache(data, model, change, made, monkeypatch):
     else:
         assert lists(arrays) == expected(data, model)
     assert cached(data, model)[1] == (before[1] if change == "encoding" else key)
+
+
+def test_every_part_of_a_large_file_counts(tmp_path, model):
+    """For the checksum and the key, which are read in pieces of 4 MiB."""
+    path, seen = tmp_path / "large", set()
+    content = bytearray(range(256)) * (9 << 12)  # 9 MiB
+    for at in (None, 0, 5 << 20, len(content) - 1):
+        if at is not None:
+            content[at] ^= 1
+        path.write_bytes(content)
+        assert token_cache.checksum(path) == [len(content), zlib.crc32(content)]
+        seen.add(token_cache.cache_key(path, model, encode_conversation))
+    assert len(seen) == 4
 
 
 def cut(place):
