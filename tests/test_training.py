@@ -69,7 +69,8 @@ def test_learning_rate_equals_the_formula_and_transformers(total, ratio):
 # ---- Optimizer
 
 
-def test_adamw_equals_its_formula_for_ten_steps():
+@pytest.mark.parametrize("size", [1, 1e-7])  # of the gradients; beside the second, eps counts
+def test_adamw_equals_its_formula_for_ten_steps(size):
     """Loshchilov and Hutter's update, written out in fp64, with decay, and torch's reference."""
     config = SimpleNamespace(lr=1e-2, beta1=0.9, beta2=0.95, weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +83,7 @@ def test_adamw_equals_its_formula_for_ten_steps():
     )
     w, m, v = start.double(), 0, 0
     for t in range(1, 11):
-        gradient = torch.randn(7, 5, generator=generator)
+        gradient = size * torch.randn(7, 5, generator=generator)
         lr = learning_rate(t, 20, config.lr, 0.25)
         for each, parameter in ((optimizer, model[0]), (plain, reference)):
             parameter.grad = gradient.clone()
@@ -95,7 +96,21 @@ def test_adamw_equals_its_formula_for_ten_steps():
     # Ten fp32 updates of weights of order one: ten roundings of 6e-8.
     torch.testing.assert_close(model[0].detach(), reference.detach(), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(model[0].detach().double(), w, rtol=1e-6, atol=1e-6)
-    assert (model[0].detach() - start).abs().min() > 1e-3
+    assert (model[0].detach() - start).abs().min() > 1e-4
+
+
+def test_every_weight_decays_norms_too():
+    """Where all gradients are 0, one update takes lr·decay of every weight, of whatever shape."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(11, 8, 12, 2, 4, 2, 2, 1e-5, 1e4, False))
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, 1, 2)
+        parameter.grad = torch.zeros_like(parameter)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    make_optimizer(model, SimpleNamespace(lr=0.5, beta1=0.9, beta2=0.95, weight_decay=0.5)).step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name] * 0.75), name
+    assert {w.dim() for w in before.values()} == {1, 2}
 
 
 @pytest.mark.parametrize("clip, scale", [(1.0, 1 / 13), (26.0, 1), (0, 1)])
