@@ -20,7 +20,7 @@ from data import Documents, update_members
 from errors import InputError, RunError
 from logps import answer_logps, reference_logps, weights_key
 from schemas import encode_pair
-from training import learning_rate
+from training import learning_rate, run_facts
 
 # ---- The loss
 
@@ -198,8 +198,27 @@ def test_a_batch_equals_trls(base, preferences, tmp_path):
 # ---- The program
 
 
+DESIGN_DEFAULTS = {
+    "model": None, "data": None, "out": "runs/dpo", "epochs": 3, "batch_size": 32,
+    "max_seq_len": 8192, "lr": 5e-7, "warmup_ratio": 0.1, "weight_decay": 0, "beta1": 0.9,
+    "beta2": 0.95, "clip": 1.0, "beta": 0.1, "micro_tokens": 16384, "max_steps": 0,
+    "save_every": 0, "keep": 2, "seed": 42, "dtype": None, "recompute": None, "compile": None,
+}  # fmt: skip
+
+
+def test_defaults_are_tulu_2_dpos():
+    """Exactly the flags and defaults of the design's table."""
+    assert vars(dpo.DPOConfig()) == DESIGN_DEFAULTS
+
+
+def test_a_run_with_another_beta_is_another_run():
+    """beta changes the weights, so such a run is not continued."""
+    runs = [run_facts(dpo.DPOConfig(model="m", beta=beta)) for beta in (0.1, 0.2)]
+    assert runs[0] != runs[1]
+
+
 def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, preferences, tmp_path):
-    """Losses, rewards, margins, accuracies, gradient norms and final weights.
+    """Every figure in the log and the final weights.
 
     Under a clip as small as AdamW's eps, as in test_sft.py, and a decay that shows.
     """
@@ -214,7 +233,7 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, prefer
         reference = their_logps(model, documents, range(19))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=1)
     for step, record in enumerate(updates(tmp_path)):
-        _, pairs = update_members(19, 5, seed=42, step=step)
+        epoch, pairs = update_members(19, 5, seed=42, step=step)
         logps = their_logps(model, documents, pairs)
         chosen, rejected = (0.2 * (logps - reference[pairs])).T
         loss = torch.log1p(torch.exp(rejected - chosen)).mean()
@@ -224,6 +243,11 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, prefer
             group["lr"] = learning_rate(step, 6, 0.1, 0.1)
         optimizer.step()
         optimizer.zero_grad()
+        assert (record["step"], record["epoch"]) == (step + 1, epoch + 1)
+        assert record["lr"] == learning_rate(step, 6, 0.1, 0.1)
+        both = [documents[2 * i + side] for i in pairs for side in (0, 1)]
+        assert record["tokens"] == sum(len(ids) for ids, _ in both)
+        assert record["trained_tokens"] == sum(int(trained.sum()) for _, trained in both)
         # Log-probabilities of some hundreds carry fp32 errors of 1e-4, which beta multiplies.
         for name, value in {
             "loss": loss,
@@ -319,5 +343,7 @@ def test_a_pair_stays_in_one_row(flags, base):
         dpo.main(flags | {"micro_tokens": 300})
     enough = int(str(caught.value).split("at least ")[1].split(",")[0])
     documents = Documents(flags["data"], base, 8192, encode_pair, per_record=2)
-    assert enough == max(documents.lengths[::2] + documents.lengths[1::2])
+    lengths = documents.lengths[::2] + documents.lengths[1::2]
+    assert enough == max(lengths)
+    assert f"pairs.jsonl:{lengths.argmax() + 1} (id p{lengths.argmax()})" in str(caught.value)
     dpo.main(flags | {"micro_tokens": enough, "max_steps": 1})

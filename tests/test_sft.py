@@ -29,7 +29,7 @@ def encode_by_prefix(tokenizer, messages):
 
 
 def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, conversations, tmp_path):
-    """Losses, gradient norms and final weights, with warm-up, decay and a clip that bites.
+    """Every figure in the log and the final weights, with warm-up, decay and a clip that bites.
 
     The clip makes gradients as small as AdamW's eps: so eps counts, and an update is as smooth as
     its gradient (where eps does not count, rounding noise moves a weight by part of the rate). Of
@@ -46,7 +46,7 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, conver
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=1)
     total = 4 * (len(examples) // 7)
     for step, record in enumerate(updates(tmp_path)):
-        _, members = update_members(len(examples), 7, seed=42, step=step)
+        epoch, members = update_members(len(examples), 7, seed=42, step=step)
         trained = sum(int(examples[i][1].sum()) for i in members)
         loss = 0
         for i in members:
@@ -60,6 +60,9 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, conver
             group["lr"] = learning_rate(step, total, 0.1, 0.2)
         optimizer.step()
         optimizer.zero_grad()
+        assert (record["step"], record["epoch"]) == (step + 1, epoch + 1)
+        assert record["lr"] == learning_rate(step, total, 0.1, 0.2)
+        assert record["tokens"] == sum(len(examples[i][0]) for i in members)
         assert record["trained_tokens"] == trained
         # fp32 sums of some thousand terms in another order.
         assert record["loss"] == pytest.approx(loss.item(), rel=1e-5)

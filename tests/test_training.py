@@ -1,6 +1,7 @@
 """training.py: schedule, optimizer, FLOPs and flags against their formulas and independent code."""
 
 import math
+import os
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from training import (
     make_optimizer,
     model_flops,
     parse_args,
+    peak_memory_gib,
     resolve,
     run_facts,
     warmup_updates,
@@ -130,6 +132,12 @@ def test_what_is_not_finite_stops_the_run(loss, norm):
     with pytest.raises(RunError, match=r"update 7: .*file:3, file:5"):
         check_finite(7, loss, norm, documents, [3, 5])
     check_finite(7, 1.0, 2.0, documents, [3, 5])
+
+
+def test_peak_memory_is_in_gib():
+    """On a CPU: over the 50 MiB that torch alone needs, and no more than the machine has."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert 0.05 < peak_memory_gib(torch.device("cpu")) < machine
 
 
 # ---- FLOPs
