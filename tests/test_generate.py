@@ -161,6 +161,15 @@ def test_a_prompt_that_fills_the_context_is_refused(base):
     assert generate.encode_prompts(records, base, config) == [ids]
 
 
+def test_a_system_message_stands_before_prompts_and_not_before_messages(base):
+    """--system belongs to a "prompt"; "messages" have their own, or none."""
+    user = {"role": "user", "content": "Hi"}
+    config, tokenizer = generate.GenerateConfig(system="Be brief."), Tokenizer(base)
+    asked = generate.encode_prompts([{"prompt": "Hi"}, {"messages": [user]}], base, config)
+    system = {"role": "system", "content": "Be brief."}
+    assert asked == [tokenizer.prompt([system, user]), tokenizer.prompt([user])]
+
+
 def test_one_prompt_with_and_without_chat_format(base, capsys):
     """--prompt prints the answer; --no-chat continues the bare text."""
     flags = {"model": str(base), "max_new_tokens": 5}
