@@ -241,7 +241,9 @@ def main(flags):
 
 
 def print_rows(lengths, config):
-    """How full the rows of the first 20 updates are, and how full padded batches would be."""
+    """How full rows of all the data are, those of 20 updates, and how full padded batches."""
+    longest_first = (-lengths).argsort(kind="stable")
+    overall = len(best_fit_decreasing(lengths, longest_first, config.micro_tokens))
     per_epoch, _ = update_count(len(lengths), config.batch_size, 1)
     rows = tokens = 0
     updates = min(per_epoch, 20)
@@ -249,10 +251,11 @@ def print_rows(lengths, config):
         _, members = update_members(len(lengths), config.batch_size, config.seed, step)
         rows += len(plan_rows(lengths[members], 1, config.micro_tokens, 4096)[0])
         tokens += lengths[members].sum()
+    row = config.micro_tokens
     print(
-        f"packed into rows of {config.micro_tokens:,} tokens: an update of "
-        f"{min(config.batch_size, len(lengths))} conversations takes {rows / updates:.1f} rows "
-        f"on one rank, {tokens / rows / config.micro_tokens:.1%} full"
+        f"packed into rows of {row:,} tokens: {lengths.sum() / overall / row:.2%} full over all "
+        f"the data; an update of {min(config.batch_size, len(lengths))} conversations takes "
+        f"{rows / updates:.1f} rows on one rank, {tokens / rows / row:.1%} full"
     )
     order = epoch_order(len(lengths), config.seed, 0)
     for batch in (4, 16):

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 from data import (
     Documents,
     best_fit_decreasing,
     check_micro_tokens,
     encode_conversation,
-    highlight,
     pack_row,
     plan_rows,
     update_count,
@@ -26,6 +26,7 @@ from model import Decoder, LlamaConfig
 from program.errors import InputError
 from tokens import readers
 from tokens.readers import data_files, parse, read_batches
+from tokens.report import highlight, print_lengths
 from tokens.tokenizer import Tokenizer
 from training.update import model_flops
 
@@ -345,6 +346,34 @@ def test_highlighting_tells_trained_tokens_apart(base):
     ids, trained = tokenizer.encode(chat("q", "é", "q", "b")["messages"])
     shown = highlight(tokenizer, np.array(ids), np.array(trained))
     assert shown == ("<s> <|user|>\nq\n<|assistant|>\n⟦é</s>⟧\n<|user|>\nq\n<|assistant|>\n⟦b</s>⟧")
+
+
+def test_the_histogram_of_lengths_counts_powers_of_two(capsys):
+    """A length of 8 belongs to ≤ 8, one of 9 to ≤ 16; mean and percentiles stand above."""
+    print_lengths(np.array([1, 2, 3, 4, 5, 8, 9]))
+    first, *bars = capsys.readouterr().out.splitlines()
+    assert "mean 5; percentiles" in first and "50 %: 4," in first and first.endswith("100 %: 9")
+    counts = [tuple(map(int, bar.split()[1:3])) for bar in bars]
+    assert counts == [(1, 1), (2, 1), (4, 2), (8, 2), (16, 1)]
+    assert [bar.count("█") for bar in bars] == [25, 25, 50, 50, 25]
+
+
+def test_what_data_py_says_of_rows_and_turns(base, conversations, capsys):
+    """Where everything fits into one row: how full it is, an update's, and what padding costs."""
+    flags = {"model": str(base), "data": [str(conversations)], "batch_size": 8, "show": 1}
+    data.main(flags | {"micro_tokens": 10_000})
+    shown = capsys.readouterr().out
+    documents = Documents([conversations], base, 8192, encode_conversation)
+    total = documents.lengths.sum()
+    assert f"24 conversations, {total:,} tokens, " in shown
+    assert f"{documents.turns.sum()} assistant turns, {documents.turns.sum() / 24:.2f} a" in shown
+    assert f"rows of 10,000 tokens: {total / 10_000:.2%} full over all the data" in shown
+    assert f"8 conversations takes 1.0 rows on one rank, {total / 3 / 10_000:.1%} full" in shown
+    batches = [documents.lengths[update_members(24, 4, 42, step)[1], 0] for step in range(6)]
+    useful = total / sum(4 * max(batch) for batch in batches)
+    assert f"(padded to the longest of 4: {useful:.0%} useful)" in shown
+    assert f"{conversations}:1 (id made-up-0), {documents.lengths[0, 0]} tokens:\n<s> " in shown
+    assert f"{conversations}:2" not in shown
 
 
 # ---- Readers

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from functools import partial
@@ -12,9 +13,10 @@ import pytest
 
 import evaluate
 from decoding.generator import TextGenerator
-from evals.harness import Options, mean_and_error, sample, seed_of
+from evals.harness import Options, Records, mean_and_error, sample, seed_of
 from program.errors import InputError
 from program.flags import parse_args
+from program.ranks import start
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,6 +170,39 @@ def test_without_a_demo_model_it_says_how_to_make_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no demo model, expected one made by `torchrun sft.py`"):
         evaluate.main({})
+
+
+def test_items_are_asked_in_lists_of_one_field(tmp_path):
+    """At most `per_rank` in each, in their order; with `together`, of one value of that field."""
+    start()
+    items = [{"id": str(k), "subject": "a" if k < 3 else "b"} for k in range(7)]
+    records = Records(
+        tmp_path / "lines.jsonl", [{"task": "t", "id": "6"}, {"task": "u", "id": "0"}]
+    )
+    records.task = "t"
+
+    def lists(**options):
+        return ["".join(item["id"] for item in own) for own in records.pending(items, **options)]
+
+    assert lists(per_rank=2, together="subject") == ["01", "2", "34", "5"]
+    assert lists(per_rank=2) == ["01", "23", "45"]
+    assert lists() == ["012345"]
+
+
+def test_the_table_sets_the_papers_scores_under_their_tasks():
+    """Of Tulu 2 7B 46.4 on TydiQA, 36.9 on HumanEval (the paper's table 1); none for others."""
+    scores = {"tydiqa": (20.0, 1.5), "demo": (30.0, None), "humaneval": (40.0, 2.0)}
+    scores["toxigen"] = (None, None)
+    tasks = {
+        name: {"metric": f"of {name}", "score": score, "stderr": error}
+        for name, (score, error) in scores.items()
+    }
+    rows = evaluate.table({"model": "runs/ours", "tasks": tasks}).splitlines()
+    rows = [re.split("  +", row.strip()) for row in rows]
+    assert rows[0] == list(tasks) and rows[1] == [f"of {name}" for name in tasks]
+    assert rows[2] == ["ours", "20.0 ± 1.5", "30.0", "40.0 ± 2.0", "see below"]
+    assert rows[3] == ["Tulu 2 7B", "46.4", "36.9", "7.0"]  # the demo's cell is empty
+    assert len(rows) == 3 + 6
 
 
 def test_mean_and_error():

@@ -150,6 +150,26 @@ def test_two_ranks_answer_as_one(base, prompts):
     assert read(prompts.with_name("out.jsonl")) == read(prompts.with_name("one.jsonl"))
 
 
+def test_a_prompt_that_fills_the_context_is_refused(base):
+    """As no token could follow it; one token less leaves room for one."""
+    records = [{"prompt": "one two"}]
+    (ids,) = generate.encode_prompts(records, base, generate.GenerateConfig())
+    config = generate.GenerateConfig(prompts="p.jsonl", context=len(ids))
+    with pytest.raises(InputError, match=f"p.jsonl: .*has {len(ids)} tokens, expected fewer than"):
+        generate.encode_prompts(records, base, config)
+    config = generate.GenerateConfig(prompts="p.jsonl", context=len(ids) + 1)
+    assert generate.encode_prompts(records, base, config) == [ids]
+
+
+def test_a_system_message_stands_before_prompts_and_not_before_messages(base):
+    """--system belongs to a "prompt"; "messages" have their own, or none."""
+    user = {"role": "user", "content": "Hi"}
+    config, tokenizer = generate.GenerateConfig(system="Be brief."), Tokenizer(base)
+    asked = generate.encode_prompts([{"prompt": "Hi"}, {"messages": [user]}], base, config)
+    system = {"role": "system", "content": "Be brief."}
+    assert asked == [tokenizer.prompt([system, user]), tokenizer.prompt([user])]
+
+
 def test_one_prompt_with_and_without_chat_format(base, capsys):
     """--prompt prints the answer; --no-chat continues the bare text."""
     flags = {"model": str(base), "max_new_tokens": 5}

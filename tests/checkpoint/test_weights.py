@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from checkpoint import resume
 from checkpoint import weights as checkpoint
 from checkpoint.config import read_config
 from harm import harmed, recipe
 from model import Llama
+from program import files
 from program.ranks import start
 from tokens.tokenizer import Tokenizer
 from training.parallel import shard
@@ -110,7 +112,7 @@ def test_a_digest_is_of_the_whole_file(tmp_path):
     content = bytes(range(256)) * (9 << 12)  # 9 MiB
     (tmp_path / "file").write_bytes(content)
     expected = [len(content), hashlib.sha256(content).hexdigest()]
-    assert checkpoint.digest(tmp_path / "file") == expected
+    assert files.digest(tmp_path / "file") == expected
 
 
 def test_checkpoints_are_sorted_by_their_update(tmp_path):
@@ -119,7 +121,7 @@ def test_checkpoints_are_sorted_by_their_update(tmp_path):
     for step in steps:
         (tmp_path / "checkpoints" / f"step-{step:06}").mkdir(parents=True)
     (tmp_path / "checkpoints" / "partial").mkdir()
-    found = [int(place.name[5:]) for place in checkpoint.saved_runs(tmp_path)]
+    found = [int(place.name[5:]) for place in resume.saved_runs(tmp_path)]
     assert found == steps[::-1]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from demo.compare import report
 from demo import tasks as demo
+from demo.compare import report
 from dpo import DPOConfig
 from sft import SFTConfig
 from tokens.records import encode_conversation

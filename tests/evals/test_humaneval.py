@@ -77,13 +77,14 @@ def test_pass_at_k_is_the_mean_over_all_choices():
 
 
 def test_score_of_twenty_samples(records, tmp_path, tokenizer_folder):
-    """5 and 20 of 20 samples right: the arithmetic written out; asked with the paper's settings."""
+    """5 and 20 of 20 samples right: the arithmetic written out; asked with the paper's settings
+    and the seed of the evaluation."""
     right = [problem["canonical_solution"] for problem in PROBLEMS]
     folder = write(tmp_path / "humaneval", PROBLEMS)
     generator = Scripted(
         Tokenizer(tokenizer_folder), lambda i: right[i // 20] if i % 4 == 0 or i >= 20 else "    x"
     )
-    found = humaneval.evaluate(generator, records, folder, Options())
+    found = humaneval.evaluate(generator, records, folder, Options(seed=7))
     # None of 10 passes: C(15, 10) / C(20, 10) = 3003 / 184756.
     assert found["metric"] == "pass@10" and found["n"] == 2
     assert found["score"] == pytest.approx(100 * (1 - 3003 / 184756 + 1) / 2)
@@ -92,7 +93,7 @@ def test_score_of_twenty_samples(records, tmp_path, tokenizer_folder):
     assert "filter" in found["settings"]["sandbox"]
     (sampling,) = set(generator.samplings)
     assert dataclasses.astuple(sampling) == (
-        512, 0.8, 0.95, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 42,
+        512, 0.8, 0.95, ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 7,
     )  # fmt: skip
     assert len(set(generator.seeds)) == 40  # every sample has its own
     sp = generator.tokenizer.sp

@@ -63,6 +63,11 @@ def test_toxigen_prompts_byte_for_byte(hateful, tokenizer, monkeypatch):
     assert bare == "<s> - asian 0\n- it\\'s\n-"
 
 
+def test_toxigen_undoes_doubled_backslashes_first():
+    r"""So `\\n` becomes `\n`, and that a line feed."""
+    assert toxigen.unescaped(r"a\\b\nc\\nd") == "a\\b\nc\nd"
+
+
 def test_toxigen_samples_each_group_alone(hateful, monkeypatch):
     """So many of each of the 14, by the seed, whatever the other files and their order are."""
     assert len(toxigen.load(hateful, Options())) == 14 * 9  # fewer than 500 there
@@ -204,11 +209,11 @@ def test_mt_bench_second_turn_sees_the_first_answer(tmp_path, records, tokenizer
     folder = ask_questions(tmp_path)
     records.task = "mt_bench"
     generator = Scripted(tokenizer, lambda text: "\n four " if "Twice" in text else " two\n")
-    result = mt_bench.evaluate(generator, records, folder, Options())
+    result = mt_bench.evaluate(generator, records, folder, Options(seed=7))
     asked = {text: dataclasses.astuple(sampling) for text, sampling in generator.asked}
     one = "<s> <|user|>\n1+1?\n<|assistant|>\n"
     two = one + "two</s>\n<|user|>\nTwice that?\n<|assistant|>\n"
-    assert len(asked) == 6 and asked[one] == asked[two] == (1024, 0.0, 1.0, (), 42)
+    assert len(asked) == 6 and asked[one] == asked[two] == (1024, 0.0, 1.0, (), 7)
     assert {text: s[1] for text, s in asked.items() if "Why" in text} == {
         "<s> <|user|>\nWhy?\n<|assistant|>\n": 0.1,
         "<s> <|user|>\nWhy?\n<|assistant|>\ntwo</s>\n<|user|>\nWhy not?\n<|assistant|>\n": 0.1,
