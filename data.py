@@ -20,7 +20,7 @@ import numpy as np
 
 from program.errors import InputError, reported
 from program.flags import check_bounds, parse_args
-from tokens.readers import data_files, parse, read_batches
+from tokens import readers
 from tokens.records import encode_conversation
 from tokens.report import highlight, print_lengths
 from tokens.token_cache import loaded_tokenizer, token_cache
@@ -41,7 +41,7 @@ class Documents:
     def __init__(
         self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1
     ):
-        self.paths = data_files(paths)
+        self.paths = readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [arrays for arrays, _ in caches]
         self.key = hashlib.sha256(" ".join(key for _, key in caches).encode()).hexdigest()
@@ -96,11 +96,9 @@ class Documents:
         wanted = {(self.file[i, 0], self.numbers[i, 0]) for i in records}
         for file in sorted({file for file, _ in wanted}):
             path = self.paths[file]
-            for first, batch, _ in read_batches(path):
-                for number, raw in enumerate(batch, first):
-                    if (file, number) in wanted:
-                        record = parse(raw, path, number)
-                        yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
+            for number, record in readers.records(path):
+                if (file, number) in wanted:
+                    yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
 
 
 def check_micro_tokens(documents, micro_tokens):

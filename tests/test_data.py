@@ -463,14 +463,14 @@ def test_bad_lines_are_named(line, problem, tmp_path):
 
 
 def test_broken_files_are_named(tmp_path):
-    """gzip cut short, JSON that is no list, parquet that is none."""
+    """The error for gzip cut short, broken JSON or broken parquet names the file."""
     for suffix in (".jsonl.gz", ".parquet", ".json"):
         path = write_as(suffix, tmp_path)
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(InputError, match=f"data{suffix}"):
             read(path)
-    path.write_text("{}")
-    with pytest.raises(InputError, match="expected one JSON list"):
+    path.write_text("{\n}")
+    with pytest.raises(InputError, match="data.json:1: .*expected one JSON object a line"):
         read(path)
 
 

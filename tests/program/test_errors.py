@@ -12,11 +12,12 @@ from conftest import ROOT
 def ended(statement, **options):
     """A small program of ours that ends with this statement; its output and status."""
     code = "from program import errors\nwith errors.reported():\n    print('before')\n    "
+    code += statement
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     # What was printed must come out although the program ends without Python's own clean-up.
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     return subprocess.run(
-        [sys.executable, "-c", code + statement], cwd=ROOT, env=buffered, text=True, timeout=60, **pipes
+        [sys.executable, "-c", code], cwd=ROOT, env=buffered, text=True, timeout=60, **pipes
     )
 
 
