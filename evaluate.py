@@ -137,8 +137,6 @@ def check(config, device):
     if Path(config.out).suffix != ".json" or Path(config.out).is_dir():
         raise InputError(f"--out is {config.out}, expected a file whose name ends in .json")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if dtype not in ("bfloat16", "float32"):
-        raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
     return dataclasses.replace(config, dtype=dtype)
 
 

@@ -92,8 +92,6 @@ def main(flags):
 def check_flags(config, world):
     """Raise `InputError` for flags that make no sense, or not together."""
     check_bounds(config)
-    if config.dtype not in (None, "bfloat16", "float32"):
-        raise InputError(f"--dtype is {config.dtype}, expected bfloat16 or float32")
     if (config.prompts is None) != (config.out is None):
         raise InputError("--prompts FILE and --out FILE go together")
     if config.prompts is not None and config.prompt is not None:
