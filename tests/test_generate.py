@@ -236,7 +236,7 @@ def test_invalid_utf8_does_not_end_a_chat(base):
         ('{"prompt": 3}', "content is 3, expected a string"),
         ('{"text": "a"}', 'expected either "prompt" or "messages"'),
         ('{"messages": []}', "expected a list of messages"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "found an assistant's message at the end"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "found an assistant's message"),
         ('{"prompt": "a"', "not JSON"),
         ("[1]", "expected an object"),
         ('{"prompt": "' + "many words " * 2000 + '"}', "the model's context"),
