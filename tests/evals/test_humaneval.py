@@ -158,7 +158,7 @@ def test_bad_files_are_named(tmp_path):
         humaneval.load(tmp_path, Options())
     for problems, message in [
         ([PROBLEMS[0], {"task_id": "HumanEval/1"}], r"gz:2: found no prompt"),
-        ([{**PROBLEMS[0], "test": 5}], r"gz:1: test is no string"),
+        ([{**PROBLEMS[0], "test": 5}], r"gz:1: test is a int, expected a str"),
         ([PROBLEMS[0], PROBLEMS[0]], r"task_id twice"),
     ]:
         with pytest.raises(InputError, match=message):

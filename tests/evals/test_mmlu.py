@@ -123,7 +123,7 @@ def evaluated(model, folder, options, path):
     again = Records(path, [json.loads(line) for line in open(path)])
     again.task, generator.model = "mmlu", None  # a second start asks nothing
     assert mmlu.evaluate(generator, again, folder, options) == result
-    return result, sorted(again.found.values(), key=lambda record: record["id"])
+    return result, sorted(again.known.values(), key=lambda record: record["id"])
 
 
 @pytest.mark.parametrize("shots", [0, 5])
