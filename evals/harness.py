@@ -4,8 +4,8 @@ A benchmark is a file of plain functions: `load` its items, make the `prompt` of
 answer, and `evaluate` all of them, which has this shape:
 
     items = load(folder, options)
-    records = answer_all(generator, records, items, make_prompt, score, sampling)
-    return result(…)                       computed from the records
+    answered = answer_all(generator, records, items, make_prompt, score, sampling)
+    return result(…)                       computed from the answered records
 
 `answer_all` is the loop of every benchmark that needs one answer for each item. Those that need
 something else (log-probabilities of choices, a second turn) have a loop of their own around
