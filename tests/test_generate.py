@@ -74,15 +74,15 @@ def test_an_interrupted_file_is_continued(base, prompts, monkeypatch):
     generate.main(flags | {"out": str(prompts.with_name("whole.jsonl"))})
     made, real = [], TextGenerator.generate
 
-    def fail(self, own, *more):
+    def fail(self, prompts, *more):
         if made:
             raise KeyboardInterrupt
-        made.append(len(own))
-        return real(self, own, *more)
+        made.append(len(prompts))
+        return real(self, prompts, *more)
 
-    def count(self, own, *more):
-        made.append(len(own))
-        return real(self, own, *more)
+    def count(self, prompts, *more):
+        made.append(len(prompts))
+        return real(self, prompts, *more)
 
     monkeypatch.setattr(TextGenerator, "generate", fail)
     with pytest.raises(KeyboardInterrupt):
@@ -101,7 +101,7 @@ def test_one_run_at_a_time(base, prompts, monkeypatch):
     flags = flags_for(base, prompts)
     monkeypatch.setattr(generate, "hold", partial(generate.hold, patience=0))
 
-    def meanwhile(self, own, *more):
+    def meanwhile(self, prompts, *more):
         with pytest.raises(InputError, match="out.jsonl: another run is writing there"):
             generate.main(flags)
         raise KeyboardInterrupt
