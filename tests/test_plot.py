@@ -75,7 +75,7 @@ def test_every_update_of_dpo_is_drawn(tmp_path, drawn):
     assert points(loss)[:-1] == [[(k + 1, 3 / (k + 1)) for k in range(5)]]
     assert points(margin) == [[(k + 1, 0.5 * k) for k in range(5)]]
     assert points(accuracy) == [[(k + 1, 1 / (k + 2)) for k in range(5)]]
-    labels = ["loss, nats per pair", "margin of the rewards, nats", "pairs ranked as preferred"]
+    labels = ["loss, nats per pair", "reward margin, nats", "reward accuracy"]
     assert [axis.get_ylabel() for axis in axes] == labels and accuracy.get_xlabel() == "update"
     assert loss.get_title() == plot.title(start, "pairs")
     low, high = accuracy.get_ylim()
@@ -104,6 +104,14 @@ def test_title_names_model_data_and_hardware(tmp_path):
     assert "llama on chats.jsonl" in title and "2 x H100" in title and "/x" not in title
 
 
+def test_note_follows_the_title(tmp_path, drawn):
+    """What the log does not hold, such as the commit, is named when it is given."""
+    start = write_log(tmp_path / "metrics.jsonl", 3)
+    for draw, examples in ((plot.plot_sft, "conversations"), (plot.plot_dpo, "pairs")):
+        axes = drawn(draw, tmp_path / "metrics.jsonl", tmp_path / "run.png", "commit abc")
+        assert axes[0].get_title() == plot.title(start, examples) + ", commit abc"
+
+
 def test_other_files_are_refused(tmp_path):
     """A file without updates is an input error that names it."""
     (tmp_path / "other.jsonl").write_text('{"messages": []}\n')
@@ -117,7 +125,8 @@ def test_other_files_are_refused(tmp_path):
 
 def test_kernels(tmp_path, drawn):
     """Rates by row and times by tokens, in order, a line for each provider; rows and providers
-    that were skipped leave gaps; a file with nothing measured is refused."""
+    that were skipped leave gaps, and so does the step from packed to dense rows, which nothing
+    joins; a file with nothing measured is refused."""
     shape = {"H": 4, "Hk": 2, "D": 16}
 
     def rates(forward):
@@ -137,17 +146,19 @@ def test_kernels(tmp_path, drawn):
     path.write_text(json.dumps(facts | {"attention": attention, "cross_entropy": losses}))
     forward, backward, time, memory = drawn(plot.plot_kernels, path, tmp_path / "kernels.png")
     assert matplotlib.image.imread(tmp_path / "kernels.png").std() > 0.01
-    names = ["dense 512", "dense 1024", "packed 490"]
+    names = ["packed 490", "", "dense 512", "dense 1024"]
     for axis, less in ((forward, 0), (backward, 100)):
         lines = {line.get_label(): line.get_data() for line in axis.get_lines()}
         assert lines.keys() == {"ours", "varlen"}
         assert list(lines["ours"][0]) == list(lines["varlen"][0]) == names
-        assert list(lines["ours"][1]) == [350 - less, 400 - less, 300 - less]
-        gap, another, rate = lines["varlen"][1]
-        assert math.isnan(gap) and math.isnan(another) and rate == 250 - less
+        packed, gap, *dense = lines["ours"][1]
+        assert (packed, dense) == (300 - less, [350 - less, 400 - less]) and math.isnan(gap)
+        rate, *gaps = lines["varlen"][1]
+        assert rate == 250 - less and all(math.isnan(gap) for gap in gaps)
     assert points(time) == [[("16", 16), ("64", 64)]]
     assert points(memory) == [[("16", 9), ("64", 9)]]
-    titles = ["attention forward", "attention backward"] + ["head and loss, both ways"] * 2
+    titles = ["attention forward", "attention backward"]
+    titles += ["head and loss, forward and backward"] * 2
     assert [axis.get_title() for axis in (forward, backward, time, memory)] == titles
     labels = ["TFLOP/s", "TFLOP/s", "time, ms", "memory, MiB"]
     assert [axis.get_ylabel() for axis in (forward, backward, time, memory)] == labels
@@ -155,3 +166,48 @@ def test_kernels(tmp_path, drawn):
     path.write_text(json.dumps(facts | {"attention": attention[3:4], "cross_entropy": losses}))
     with pytest.raises(InputError, match="no figures of attention or of the loss"):
         plot.plot_kernels(path, tmp_path / "kernels.png")
+
+
+def bars(axis):
+    """(left, right, y, colour) of every bar of an axis that has a width."""
+    return [
+        (round(x0), round(x1), y, tuple(collection.get_facecolor()[0]))
+        for collection in axis.collections
+        for path in collection.get_paths()
+        for (x0, y0), (x1, y1) in [path.get_extents().get_points()]
+        for y in [round((y0 + y1) / 2)]
+        if x1 > x0
+    ]
+
+
+def test_packing_is_drawn_to_scale(tmp_path, drawn):
+    """Two packed rows against two padded batches, of 16 and of one: prompts, trained tokens and
+    padding end to end in each pass, no gap between them, and the counts in the titles."""
+    lengths = [7, *[5] * 15, 3]  # padded: 16 x 7 and 1 x 3
+    trained = [[[2, 4], [6, 7]], *[[[4, 5]]] * 15, [[0, 3]]]
+    content = {"lengths": lengths, "trained": trained, "rows": [list(range(16)), [16]]}
+    record = {"commit": "0123456789", "date": "2026-01-01T00", "data": "chats.jsonl"}
+    path = tmp_path / "packing.json"
+    path.write_text(json.dumps(record | content | {"row_tokens": 90}))
+    packed, padded = drawn(plot.plot_packing, path, tmp_path / "packing.png")
+    assert matplotlib.image.imread(tmp_path / "packing.png").std() > 0.01
+    for axis, passes in ((packed, {1: 82, 2: 3}), (padded, {1: 112, 2: 3})):
+        for y, tokens in passes.items():
+            spans = sorted((left, right) for left, right, at, _ in bars(axis) if at == y)
+            assert [0, *(right for _, right in spans)] == [*(left for left, _ in spans), tokens]
+    prompt, answer, padding = dict.fromkeys(colour for *_, colour in bars(padded))
+    first = [(left, right, colour) for left, right, y, colour in sorted(bars(padded)) if y == 1][:6]
+    assert first == [
+        (0, 2, prompt),
+        (2, 4, answer),
+        (4, 6, prompt),
+        (6, 7, answer),
+        (7, 11, prompt),
+        (11, 12, answer),
+    ]
+    assert sum(right - left for left, right, _, c in bars(padded) if c == padding) == 15 * 2
+    assert "2 forward passes, 85 tokens, 100%" in packed.get_title("left")
+    assert "2 forward passes, 115 tokens, 74%" in padded.get_title("left")
+    assert packed.get_shared_x_axes().joined(packed, padded)  # one scale
+    facts = packed.figure.get_suptitle()
+    assert "17 conversations of chats.jsonl" in facts and "commit 0123456" in facts

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -184,14 +183,13 @@ def test_another_input_is_another_cache(data, model, change, made, monkeypatch):
 
 
 def test_every_part_of_a_large_file_counts(tmp_path, model):
-    """For the checksum and the key, which are read in pieces of 4 MiB."""
+    """For the key, for which a file is read in pieces of 4 MiB."""
     path, seen = tmp_path / "large", set()
     content = bytearray(range(256)) * (9 << 12)  # 9 MiB
     for at in (None, 0, 5 << 20, len(content) - 1):
         if at is not None:
             content[at] ^= 1
         path.write_bytes(content)
-        assert token_cache.checksum(path) == [len(content), zlib.crc32(content)]
         seen.add(token_cache.cache_key(path, model, encode_conversation))
     assert len(seen) == 4
 
