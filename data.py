@@ -20,7 +20,7 @@ import numpy as np
 
 from program.errors import InputError, reported
 from program.flags import check_bounds, parse_args
-from tokens.readers import data_files, parse, read_batches
+from tokens import readers
 from tokens.records import encode_conversation
 from tokens.report import highlight, print_lengths
 from tokens.token_cache import loaded_tokenizer, token_cache
@@ -41,7 +41,7 @@ class Documents:
     def __init__(
         self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1
     ):
-        self.paths = data_files(paths)
+        self.paths = readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [arrays for arrays, _ in caches]
         self.key = hashlib.sha256(" ".join(key for _, key in caches).encode()).hexdigest()
@@ -96,11 +96,9 @@ class Documents:
         wanted = {(self.file[i, 0], self.numbers[i, 0]) for i in records}
         for file in sorted({file for file, _ in wanted}):
             path = self.paths[file]
-            for first, batch, _ in read_batches(path):
-                for number, raw in enumerate(batch, first):
-                    if (file, number) in wanted:
-                        record = parse(raw, path, number)
-                        yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
+            for number, record in readers.records(path):
+                if (file, number) in wanted:
+                    yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
 
 
 def check_micro_tokens(documents, micro_tokens):
@@ -241,7 +239,9 @@ def main(flags):
 
 
 def print_rows(lengths, config):
-    """How full the rows of the first 20 updates are, and how full padded batches would be."""
+    """How full rows of all the data are, those of 20 updates, and how full padded batches."""
+    longest_first = (-lengths).argsort(kind="stable")
+    overall = len(best_fit_decreasing(lengths, longest_first, config.micro_tokens))
     per_epoch, _ = update_count(len(lengths), config.batch_size, 1)
     rows = tokens = 0
     updates = min(per_epoch, 20)
@@ -249,10 +249,11 @@ def print_rows(lengths, config):
         _, members = update_members(len(lengths), config.batch_size, config.seed, step)
         rows += len(plan_rows(lengths[members], 1, config.micro_tokens, 4096)[0])
         tokens += lengths[members].sum()
+    row = config.micro_tokens
     print(
-        f"packed into rows of {config.micro_tokens:,} tokens: an update of "
-        f"{min(config.batch_size, len(lengths))} conversations takes {rows / updates:.1f} rows "
-        f"on one rank, {tokens / rows / config.micro_tokens:.1%} full"
+        f"packed into rows of {row:,} tokens: {lengths.sum() / overall / row:.2%} full over all "
+        f"the data; an update of {min(config.batch_size, len(lengths))} conversations takes "
+        f"{rows / updates:.1f} rows on one rank, {tokens / rows / row:.1%} full"
     )
     order = epoch_order(len(lengths), config.seed, 0)
     for batch in (4, 16):

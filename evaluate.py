@@ -1,12 +1,13 @@
-"""The paper's benchmarks on a Hugging Face Llama folder: scores, and every prompt and answer.
+"""The paper's benchmarks, run on a Llama in a Hugging Face folder.
 
     python evaluate.py                                                  the demo's model and tasks
     python evaluate.py --model DIR --data DIR --tasks mmlu gsm8k --out results.json
     torchrun --nproc_per_node 8 evaluate.py …               each GPU takes a share of the prompts
 
-DIR of --data holds each benchmark's files under their published names, in a folder named like the
-task. Beside results.json lies results.jsonl, a line for each prompt with completion and verdict: to
-look at, and what an interrupted evaluation goes on from.
+The folder of --data holds one folder for each task, named like the task, with the benchmark's files
+under their published names (evals/README.md lists them). results.json gets the scores. Beside it,
+results.jsonl gets a line for each prompt with completion and verdict: it is there to be looked at,
+and an interrupted evaluation continues from it.
 
 Source: Ivison et al. 2023 (arXiv 2311.10702), appendix A; open-instruct eval/ of November 2023.
 """
@@ -34,7 +35,7 @@ from decoding.generator import TextGenerator
 from demo.compare import newest_model
 from evals.harness import Options, Records
 from program.errors import InputError, reported
-from program.files import digest, hold
+from program.files import digest, hold, whole_lines, written_aside
 from program.flags import check_bounds, parse_args
 from program.hardware import environment
 from program.ranks import gather_lists, own_share, start
@@ -47,22 +48,23 @@ TASKS = (
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The flags of evaluate.py; the defaults are the paper's settings."""
+    """The flags of evaluate.py. The defaults are the paper's settings."""
 
     model: str | None = None  # Hugging Face folder (default: the demo's newest model)
     tasks: list[str] | None = None  # benchmarks to run (default: demo)
-    data: str | None = None  # folder with a folder of published files for each task
+    data: str | None = None  # folder that holds a folder of published files for each task
     out: str = "runs/eval/results.json"  # scores; every prompt and answer in .jsonl beside it
-    full: bool = False  # all items, where the paper drew a sample
+    full: bool = False  # ask all items, also where the paper drew a sample
     chat: bool = True  # ask in Tulu's chat format; --no-chat for a base model
     mmlu_shots: int = 0  # examples before an MMLU question (the paper reports 0; 5 is usual)
-    slots: int = 16  # sequences decoded at a time
-    context: int = 0  # most tokens of prompt and answer (0: the model's limit)
-    seed: int = 42  # of samples of items and of tokens
+    slots: int = 16  # sequences decoded at the same time
+    context: int = 0  # maximum tokens of prompt and answer together (0: the model's limit)
+    seed: int = 42  # of the samples of items and of tokens
     dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
 
 
-# The paper's table 1 (percent; arXiv 2311.10702v2): codex is pass@10, toxigen less is better.
+# Table 1 of the paper (percent; arXiv 2311.10702v2). Codex-Eval (humaneval) is pass@10; for ToxiGen
+# less is better. The columns are those of COLUMNS.
 PAPER = {
     "Tulu 2 7B": (50.4, 34.0, 48.5, 46.4, 36.9, 7.0, 73.9),
     "Tulu 2+DPO 7B": (50.7, 34.5, 45.5, 44.5, 40.0, 0.5, 85.1),
@@ -76,26 +78,26 @@ COLUMNS = ("mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "toxigen", "alpaca_eva
 
 def main(flags):
     rank, world, device = start()
-    config = check(EvalConfig(**flags), device)
+    config = with_defaults(EvalConfig(**flags), device)
     options = Options(config.full, config.chat, config.mmlu_shots, config.seed)
     modules = {task: importlib.import_module(f"evals.{task}") for task in config.tasks}
-    for task, module in modules.items():  # what is wrong with the data shows now
+    for task, module in modules.items():  # bad data shows now, before the model is loaded
         folder = Path(config.data) / task
         if not module.load(folder, options):
-            raise InputError(f"{folder}: holds no questions, expected some")
-    run = run_of(config)
+            raise InputError(f"{folder}: found no questions, expected one or more")
+    run = run_facts(config)
     out, lines = Path(config.out), Path(config.out).with_suffix(".jsonl")
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(lines, "a")  # held until it is closed, with the end of this function
+        lock = open(lines, "a")  # closed, and so released, when this function returns
         hold(lock, out)
-    dist.barrier()  # until rank 0 holds it, another evaluation may write there
+    dist.barrier()  # until rank 0 holds the lock, another evaluation may write there
     records = Records(lines, earlier_records(lines, run))
 
     generator = TextGenerator.from_folder(
         config.model, device, getattr(torch, config.dtype), run["context"], config.slots
     )
-    dist.barrier()  # all have read before rank 0 writes
+    dist.barrier()  # all ranks have read `lines` before rank 0 adds to it
     if rank == 0:
         append_record(lines, {"event": "start", "run": run})
     results = {
@@ -110,9 +112,8 @@ def main(flags):
         result = module.evaluate(generator, records, Path(config.data) / task, options)
         results["tasks"][task] = {**result, "seconds": round(time.perf_counter() - began, 1)}
         if rank == 0:
-            aside = out.with_name(out.name + ".partial")
-            aside.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-            os.replace(aside, out)
+            with written_aside(out) as file:
+                file.write(json.dumps(results, indent=1) + "\n")
     if rank == 0:
         print(table(results))
         for task, result in results["tasks"].items():
@@ -121,8 +122,8 @@ def main(flags):
         print(f"{out}: the scores; {lines}: every prompt and answer")
 
 
-def check(config, device):
-    """The config with its defaults filled in; raises `InputError` for what makes no sense."""
+def with_defaults(config, device):
+    """The config with its defaults filled in. Raises `InputError` for a bad value of a flag."""
     check_bounds(config)
     if config.model is None:
         config = dataclasses.replace(config, model=str(newest_model()))
@@ -130,20 +131,18 @@ def check(config, device):
         config = dataclasses.replace(config, tasks=["demo"], data=config.data or "runs")
     unknown = [task for task in config.tasks if task not in TASKS]
     if unknown or len(set(config.tasks)) < len(config.tasks):
-        found = unknown[0] if unknown else "a task twice"
-        raise InputError(f"--tasks: found {found}, expected some of {', '.join(TASKS)}")
+        wrong = unknown[0] if unknown else "a task twice"
+        raise InputError(f"--tasks: found {wrong}, expected some of {', '.join(TASKS)}")
     if config.data is None:
-        raise InputError("--data DIR is needed: a folder with one for each of --tasks")
+        raise InputError("found no --data DIR, expected a folder with a folder for each task")
     if Path(config.out).suffix != ".json" or Path(config.out).is_dir():
         raise InputError(f"--out is {config.out}, expected a file whose name ends in .json")
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if dtype not in ("bfloat16", "float32"):
-        raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
     return dataclasses.replace(config, dtype=dtype)
 
 
-def run_of(config):
-    """What decides the answers, for telling evaluations apart: weights and not paths."""
+def run_facts(config):
+    """What decides the answers, to tell evaluations apart: the model's content, not its path."""
     folder = Path(config.model)
     context = config.context or read_config(folder).max_position_embeddings
     paths = [*weight_files(folder), folder / "config.json", folder / "tokenizer.model"]
@@ -155,41 +154,41 @@ def run_of(config):
 
 
 def earlier_records(path, run):
-    """The records of an evaluation that was interrupted; raises `InputError` for another one's.
+    """The records of an interrupted evaluation. Raises `InputError` for those of another one.
 
-    A last line that a kill cut short is cut off.
+    A last line that a kill cut short is removed from the file.
     """
     if not path.exists():
         return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if dist.get_rank() == 0 and len(whole) < len(content):
-        os.truncate(path, len(whole))
+    lines = whole_lines(path)
+    size = sum(map(len, lines))
+    if dist.get_rank() == 0 and path.stat().st_size > size:
+        os.truncate(path, size)
     records = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             records.append(dict(json.loads(line)))
         except (ValueError, TypeError):
             raise InputError(f"{path}:{number}: found no JSON object, expected a record") from None
-        found = records[-1].get("run", run)
+        earlier = records[-1].get("run", run)  # a start record has the facts of its run
         for name, value in run.items():
-            if found.get(name) != value:
+            if earlier.get(name) != value:
                 raise InputError(
                     f"--out {path.with_suffix('.json')}: holds another evaluation, with {name} "
-                    f"{found.get(name)!r} where this one has {value!r}"
+                    f"{earlier.get(name)!r} where this one has {value!r}"
                 )
     return [record for record in records if "task" in record]
 
 
 def table(results):
-    """The scores with their standard errors, and the paper's below where it has the task."""
+    """The scores with their standard errors, above the paper's scores of the same tasks."""
     tasks = results["tasks"]
     rows = [("", *tasks), ("", *(result["metric"] for result in tasks.values()))]
-    rows.append((Path(results["model"]).name, *(shown(result) for result in tasks.values())))
-    if known := [task for task in tasks if task in COLUMNS]:
+    rows.append((Path(results["model"]).name, *(score_text(result) for result in tasks.values())))
+    if set(tasks) & set(COLUMNS):
         for name, scores in PAPER.items():
             scores = dict(zip(COLUMNS, scores, strict=True))
-            rows.append((name, *(f"{scores[t]:.1f}" if t in known else "" for t in tasks)))
+            rows.append((name, *(f"{scores[t]:.1f}" if t in scores else "" for t in tasks)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -197,8 +196,8 @@ def table(results):
     )
 
 
-def shown(result):
-    """Score and standard error; what has no score needs its judge."""
+def score_text(result):
+    """Score and standard error. A task without a score needs its judge."""
     if result["score"] is None:
         return "see below"
     error = f" ± {result['stderr']:.1f}" if result["stderr"] is not None else ""

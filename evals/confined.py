@@ -1,19 +1,19 @@
-"""What evals/sandbox.py starts: one program that is not to be trusted, shut in and run.
+"""The process that evals/sandbox.py starts: it confines itself, then runs one untrusted program.
 
 Between this process and the program stand, in this order,
 
     limits        of CPU time, memory, open files; no file may grow; no core dumps
-    namespaces    where the kernel lets us: other processes, the network and root's powers are gone
+    namespaces    where the kernel allows them: no other processes, no network, no powers of root
     a filter      of system calls, always: no new process and no new program, nothing sent to
                   another process, no socket, no file opened for writing, made, changed or removed
 
-The filter (seccomp, Linux 3.17) needs no privilege and holds in containers, too, where namespaces
-are often forbidden; a process cannot take it off. What remains is a computation: it may read files,
-start threads, and write to the one pipe on which its verdict goes to sandbox.py.
+The filter (seccomp, Linux 3.17) needs no privilege. It works in containers, too, where namespaces
+are often forbidden, and a process cannot take it off. What is left to the program is computation:
+it can read files, start threads, and write to the one pipe on which its verdict goes to sandbox.py.
 
-Standard input is a JSON object: program, token, cpu_seconds, memory_bytes. On standard output come
-one byte ("n": shut in by namespaces and filter, "f": by the filter alone, "!": not at all, and why)
-and, when the program has ended, the token if it came to its end, else what it raised.
+Standard input is a JSON object: program, token, cpu_seconds, memory_bytes. Standard output gets one
+byte ("n": namespaces and filter; "f": the filter alone; "!": neither, with the reason after it).
+When the program has ended, it gets the token if the program ran to its end, else what it raised.
 """
 
 import ctypes
@@ -31,19 +31,19 @@ NAMESPACES = 0x10000000 | 0x20000000 | 0x40000000 | 0x08000000
 CLONE_THREAD = 0x00010000
 # linux/prctl.h
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
-# linux/filter.h: load a word; jump if equal, at least, or any bit is set; return
+# linux/filter.h: load a word; jump if equal, if at least, if any bit is set; return
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 ALLOW, REFUSE, KILL = 0x7FFF0000, 0x00050000, 0x80000000  # linux/seccomp.h; REFUSE | errno
 FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-F_SETOWN, F_SETOWN_EX = 8, 15  # they would have the kernel send a signal to another process
+F_SETOWN, F_SETOWN_EX = 8, 15  # these make the kernel send signals to another process
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column below, linux/audit.h
-# From this number on both machines count alike. All that came since 2019 is said to be unknown, for
-# which C libraries have an older way: io_uring, clone3, pidfd_*, new ways to mount and to open.
+# From this number on both machines have the same numbers. All calls since 2019 (io_uring, clone3,
+# pidfd_*, new ways to mount and to open) are answered as unknown; C libraries then use older calls.
 NEWER = 424
-# Refused system calls: numbers on x86_64 and aarch64 (which has none where a newer one does it).
+# Refused system calls: numbers on x86_64 and aarch64 (None: aarch64 has only a newer call for it).
 REFUSED = {
-    # Processes: none is started, and none but this one is stopped, looked into or slowed.
+    # Processes: none is started, and no other one is stopped, inspected or slowed down.
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
     "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240), "ptrace": (101, 117), "process_vm_readv": (310, 270),
@@ -56,7 +56,7 @@ REFUSED = {
     "socket": (41, 198), "socketpair": (53, 199), "shmget": (29, 194), "semget": (64, 190),
     "msgget": (68, 186), "mq_open": (240, 180), "mq_unlink": (241, 181), "mq_notify": (244, 184),
     "memfd_create": (319, 279),
-    # Files: none is made, changed or removed; `open` and `openat` are looked at more closely.
+    # Files: none is made, changed or removed. `open` and `openat` depend on their flags.
     "creat": (85, None), "truncate": (76, 45), "ftruncate": (77, 46), "fallocate": (285, 47),
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "mkdir": (83, None),
     "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35),
@@ -67,7 +67,7 @@ REFUSED = {
     "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
     "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
     "open_by_handle_at": (304, 265), "flock": (73, 32), "ioctl": (16, 29),
-    # The machine, for a program that is run as root where there are no namespaces.
+    # The machine: for a program that runs as root where there are no namespaces.
     "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39),
     "pivot_root": (155, 41), "chroot": (161, 51), "swapon": (167, 224), "swapoff": (168, 225),
     "reboot": (169, 142), "sethostname": (170, 161), "setdomainname": (171, 162),
@@ -96,37 +96,41 @@ def main():
     except OSError as error:
         os.write(channel, f"!{error}".encode())
         return
-    del sys.path[0]  # of this file: the program gets Python's own modules and what is installed
+    del sys.path[0]  # this folder: the program gets Python's modules and the installed packages
     os.write(channel, b"n" if apart else b"f")
     try:
-        # Without a __name__ of its own, as in the original, so that no `if __name__ == …` runs.
+        # Without __name__, as in the original: no `if __name__ == "__main__"` block runs.
         exec(compile(request["program"], "program", "exec"), {})
         answer = request["token"]
-    except BaseException as error:  # SystemExit and KeyboardInterrupt are no success either
+    except BaseException as error:  # SystemExit and KeyboardInterrupt, too, are failures
         answer = f"{type(error).__name__}: {error}"
     os.write(channel, answer.encode(errors="replace")[:400])
-    os._exit(0)  # whatever the program left to be done at exit
+    os._exit(0)  # without the program's exit handlers
 
 
 def limit(cpu_seconds, memory_bytes):
-    for what, most in (
+    """Limit what this process may use, for good."""
+    for resource_kind, maximum in (
         (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_AS, memory_bytes),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
-        resource.setrlimit(what, (most, most))
+        resource.setrlimit(resource_kind, (maximum, maximum))
 
 
 def enter_namespaces(libc, channel):
-    """Whether the kernel let us: this process then goes on as the first one of its namespace."""
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end with sandbox.py
+    """Enter new namespaces; False if the kernel forbids it.
+
+    A child process, the first of its process namespace, then continues in the caller's place.
+    """
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # end when sandbox.py ends
     if libc.unshare(NAMESPACES):
         return False
     pid = os.fork()
-    if pid:  # a process namespace begins with the next child
-        os.close(channel)  # so that the pipe ends with the program
+    if pid:  # only a child process is inside the new process namespace
+        os.close(channel)  # the pipe then closes when the program ends
         os.waitpid(pid, 0)
         os._exit(0)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -134,7 +138,7 @@ def enter_namespaces(libc, channel):
 
 
 def install_filter(libc):
-    """From here on this process can only compute; raises `OSError` where there is no filter."""
+    """Let this process only compute from here on. Raises `OSError` if the kernel has no filter."""
     steps = filter_steps(platform.machine())
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
@@ -147,8 +151,8 @@ def install_filter(libc):
 def filter_steps(machine):
     """Instructions (code, jump if true, jump if false, constant) of a classic BPF program.
 
-    It sees struct seccomp_data: the call's number at 0, the machine at 4, its arguments from 16 on,
-    8 bytes each. Jumps count the instructions that are passed over.
+    The program reads struct seccomp_data: the call's number at byte 0, the machine at 4, the call's
+    arguments from 16 on, 8 bytes each. A jump is the number of instructions to skip.
     """
     if machine not in MACHINES:
         raise OSError(errno.ENOSYS, f"no filter for {machine}, only for {', '.join(MACHINES)}")
@@ -156,7 +160,7 @@ def filter_steps(machine):
     allow, refuse = (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, REFUSE | errno.EACCES)
 
     def argument(n):
-        return (LOAD, 0, 0, 16 + 8 * n)  # its lower half, in which all our flags are
+        return (LOAD, 0, 0, 16 + 8 * n)  # its lower half, which has all the flags that matter
 
     steps = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
     steps += [(AT_LEAST, 0, 1, NEWER), (RETURN, 0, 0, REFUSE | errno.ENOSYS)]

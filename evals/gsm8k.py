@@ -1,13 +1,14 @@
-"""GSM8K: grade-school word problems, answered in steps after eight worked examples.
+"""GSM8K: word problems of grade school, answered step by step after eight worked examples.
 
-Setting (Ivison et al. 2023, appendix A): 200 of the 1,319 test problems; the eight examples of Wei
-et al. 2022 (arXiv 2201.11903, table 20), always in their order, in one user turn; the answer begins
-with "Answer:"; greedy, at most 512 new tokens. Chat models end by themselves, base models at a line
-feed. The last number of the answer counts. Source: open-instruct eval/gsm/run_eval.py and
-examplars.py of 2023-11-28. The sample is the original's: `random.sample` after seed 42.
+Setting (Ivison et al. 2023, appendix A): 200 of the 1,319 test problems. The eight examples of Wei
+et al. 2022 (arXiv 2201.11903, table 20) stand in their order, with the problem, in one user turn.
+The answer begins with "Answer:"; it is greedy, with at most 512 new tokens. A chat model ends it by
+itself; a base model stops at a line feed. The last number of the answer counts. Source:
+open-instruct eval/gsm/run_eval.py and examplars.py of 2023-11-28. The sample is the original's:
+`random.sample` after seed 42.
 
 Where ours differs: numbers are compared as numbers. The original's pattern finds 5 in "-5", and its
-comparison ignores punctuation, so that 3.5 is 35, 18.00 is not 18, and -5 is 5.
+comparison ignores punctuation, so that 3.5 equals 35, 18.00 does not equal 18, and -5 equals 5.
 """
 
 import re
@@ -15,13 +16,13 @@ from pathlib import Path
 
 from decoding.sampling import Sampling
 from evals.harness import (
-    ask,
-    fewest_dropped,
+    answer_all,
     finishes,
+    fit_examples,
     mean_and_error,
-    need,
+    prompt_ids,
+    published,
     read_jsonl,
-    record_of,
     result,
     sample,
 )
@@ -31,13 +32,13 @@ SAMPLED = 200
 MAX_NEW_TOKENS = 512
 FIELDS = {"question": str, "answer": str}
 EXAMPLES = read_jsonl(Path(__file__).with_name("gsm8k_examples.jsonl"), FIELDS)
-# A minus after a letter, a digit or a bracket takes away; after anything else it is a sign.
+# A minus after a letter, a digit or a bracket is a subtraction; elsewhere it is a sign.
 NUMBER = re.compile(r"((?<![\w)\]])[-−])?\$?(\d*\.\d+|\d+)")
 
 
 def load(folder, options):
-    """The problems of test.jsonl, each with the number that is right."""
-    path, items = need(folder, "test.jsonl"), []
+    """The problems of test.jsonl, each with its right number, "target"."""
+    path, items = published(folder, "test.jsonl"), []
     for number, row in enumerate(read_jsonl(path, FIELDS)):
         _, mark, answer = row["answer"].rpartition("####")
         target = last_number(answer)
@@ -49,8 +50,8 @@ def load(folder, options):
     return sample(items, SAMPLED, options)
 
 
-def prompt(tokenizer, item, options, most_tokens):
-    """(token ids, examples left out): a problem after as many examples as `most_tokens` allows."""
+def prompt(tokenizer, item, options, max_tokens):
+    """(token ids, examples left out): a problem after as many examples as `max_tokens` allows."""
 
     def make(shots):
         chosen = EXAMPLES[len(EXAMPLES) - shots :]
@@ -58,22 +59,22 @@ def prompt(tokenizer, item, options, most_tokens):
         blocks += [f"Question: {e['question']}\nAnswer: {e['answer']}" for e in chosen]
         blocks.append(f"Question: {item['question'].strip()}")
         text = "\n\n".join(blocks) + ("" if options.chat else "\n")
-        return ask(tokenizer, text, options, "Answer:")
+        return prompt_ids(tokenizer, text, options, "Answer:")
 
-    return fewest_dropped(make, len(EXAMPLES), most_tokens)
+    return fit_examples(make, len(EXAMPLES), max_tokens)
 
 
 def last_number(text):
-    """The last number of a text, as a string without commas; None where there is none."""
-    found = NUMBER.findall(re.sub(r"(\d),(\d)", r"\1\2", text))
-    if not found:
+    """The last number of a text, as a string without commas. None if there is no number."""
+    numbers = NUMBER.findall(re.sub(r"(\d),(\d)", r"\1\2", text))
+    if not numbers:
         return None
-    sign, digits = found[-1]
+    sign, digits = numbers[-1]
     return ("-" if sign else "") + digits
 
 
 def score(item, text):
-    """The number that an answer gives, and whether it is right."""
+    """The number that an answer ends with, and whether it is right."""
     answer = last_number(text)
     correct = answer is not None and float(answer) == float(item["target"])
     return {"answer": answer, "correct": correct}
@@ -81,26 +82,20 @@ def score(item, text):
 
 def evaluate(generator, records, folder, options):
     """Right answers in percent."""
-    items, tokenizer = load(folder, options), generator.tokenizer
+    items = load(folder, options)
     sampling = Sampling(MAX_NEW_TOKENS, stop=() if options.chat else ("\n",))
-    most_tokens = generator.context - MAX_NEW_TOKENS
-    for own in records.pending(items):
-        asked = [prompt(tokenizer, item, options, most_tokens) for item in own]
-        answers = generator.generate([ids for ids, _ in asked], sampling, advance=records.advance)
-        records.add(
-            [
-                record_of(tokenizer, item, ids, answer)
-                | {"examples_left_out": left_out}
-                | score(item, answer.text)
-                for item, (ids, left_out), answer in zip(own, asked, answers, strict=True)
-            ]
-        )  # fmt: skip
-    found = records.of(items)
+    max_tokens = generator.context - MAX_NEW_TOKENS
+
+    def make_prompt(item):
+        ids, left_out = prompt(generator.tokenizer, item, options, max_tokens)
+        return ids, {"examples_left_out": left_out}
+
+    answered = answer_all(generator, records, items, make_prompt, score, sampling)
     return result(
         "% right",
-        *mean_and_error([record["correct"] for record in found]),
+        *mean_and_error([record["correct"] for record in answered]),
         len(items),
         {"shots": len(EXAMPLES), "max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.0},
-        prompts_with_fewer_examples=sum(record["examples_left_out"] > 0 for record in found),
-        finishes=finishes(found),
+        prompts_with_fewer_examples=sum(record["examples_left_out"] > 0 for record in answered),
+        finishes=finishes(answered),
     )

@@ -1,19 +1,20 @@
-"""What the benchmarks share: options, prompts, items, records, a mean and its error.
+"""What the benchmarks share: options, records, the answer loop, prompts, items, results.
 
-A benchmark is a file of plain functions: `load` its items, `prompt` one, `score` an answer, and
-`evaluate` all, which is a loop of this shape:
+A benchmark is a file of plain functions: `load` its items, make the `prompt` of one, `score` an
+answer, and `evaluate` all of them, which has this shape:
 
-    for own in records.pending(items):                  this rank's part of what is still to do
-        prompts = [prompt(generator.tokenizer, item, options) for item in own]
-        completions = generator.generate(prompts, SAMPLING, seeds=[seed_of(i) for i in own])
-        records.add([… one dict for each item …])       written by rank 0, known to every rank
-    return result(…)                                    from records.of(items)
+    items = load(folder, options)
+    answered = answer_all(generator, records, items, make_prompt, score, sampling)
+    return result(…)                       computed from the answered records
+
+`answer_all` is the loop of every benchmark that needs one answer for each item. Those that need
+something else (log-probabilities of choices, a second turn) have a loop of their own around
+`Records.pending` and `Records.add`.
 """
 
 import csv
 import itertools
 import json
-import os
 import random
 import statistics
 import zlib
@@ -24,16 +25,17 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from program.errors import InputError
+from program.files import written_aside
 from program.ranks import gather_lists
-from tokens.readers import parse, read_batches
+from tokens import readers
 
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for every benchmark of an evaluation."""
+    """The settings that all benchmarks of an evaluation share."""
 
-    full: bool = False  # all items, where the paper drew a sample
-    chat: bool = True  # Tulu's chat format; a base model is asked without
+    full: bool = False  # ask all items, also where the paper drew a sample
+    chat: bool = True  # Tulu's chat format; a base model gets the bare text
     mmlu_shots: int = 0
     seed: int = 42  # of samples of items and of tokens
 
@@ -41,61 +43,97 @@ class Options:
 class Records:
     """The JSON lines of an evaluation: a record for each item of each task, with its verdict.
 
-    An evaluation that was interrupted finds its records there, and goes on with the items that have
-    none. Every rank knows all of them; rank 0 writes.
+    An interrupted evaluation reads its records back and continues with the items that have none.
+    Every rank holds all records; rank 0 writes them.
     """
 
-    def __init__(self, path, found=()):
-        """found: the records of `path`, from an earlier start."""
-        self.path, self.task, self.found = path, None, {}
-        for record in found:
-            self.found[record["task"], record["id"]] = record
+    def __init__(self, path, earlier=()):
+        """earlier: the records that `path` holds already."""
+        self.path, self.task, self.known = path, None, {}
+        for record in earlier:
+            self.known[record["task"], record["id"]] = record
 
-    def pending(self, items, per_rank=64, together=None):
-        """Lists of this rank's items without a record; `add` theirs before the next. A bar shows.
+    def pending(self, items, per_rank=64, group_by=None):
+        """Yield this rank's items that have no record, in batches of at most `per_rank`.
 
-        items: dicts with an "id" that is unique in the task. together: a field; a list holds
-        neighbours with one value of it, whose prompts begin alike (decoding.py reads that once).
+        The records of a batch must be `add`ed before the next batch. A progress bar is shown.
+
+        items: dicts, each with an "id" that is unique in the task. group_by: a field; the items of
+        a batch are neighbours that share its value, so their prompts begin alike, and the decoder
+        computes that beginning once.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
-        left = [item for item in items if (self.task, item["id"]) not in self.found]
+        left = [item for item in items if (self.task, item["id"]) not in self.known]
         self.done = len(items) - len(left)
         self.bar = tqdm(total=len(items), initial=self.done, desc=self.task,
                         unit="item", disable=rank > 0, dynamic_ncols=True)  # fmt: skip
-        for _, group in itertools.groupby(left, lambda item: together and item[together]):
+        for _, group in itertools.groupby(left, lambda item: group_by and item[group_by]):
             group = list(group)
             for begin in range(0, len(group), per_rank * world):
                 yield group[begin : begin + per_rank * world][rank::world]
         self.bar.close()
 
     def advance(self):
-        """Move the bar as this rank has one more answer; the others will have theirs, too."""
+        """Move the bar after an answer of this rank, on the guess that each rank has one more."""
         self.bar.update(min(dist.get_world_size(), self.bar.total - self.bar.n))
 
-    def add(self, own):
-        """Keep this rank's records: dicts with the item's "id". Every rank calls it."""
-        fresh = [{"task": self.task, **record} for record in gather_lists(own)]
-        for record in fresh:
-            self.found[self.task, record["id"]] = record
+    def add(self, batch):
+        """Keep the records of this rank's batch, dicts with the item's "id". All ranks call it."""
+        new = [{"task": self.task, **record} for record in gather_lists(batch)]
+        for record in new:
+            self.known[self.task, record["id"]] = record
         if dist.get_rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh)
-        self.done += len(fresh)
-        self.bar.update(self.done - self.bar.n)  # what `advance` foresaw is counted here
+                file.write(json_lines(new))
+        self.done += len(new)
+        self.bar.update(self.done - self.bar.n)  # the true count replaces the guess of `advance`
 
     def of(self, items):
         """The records of `items`, in their order."""
-        return [self.found[self.task, item["id"]] for item in items]
+        return [self.known[self.task, item["id"]] for item in items]
+
+
+def answer_all(
+    generator, records, items, prompt, score, sampling, per_rank=64, group_by=None, mapper=map
+):
+    """Answer every item that has no record yet; the records of all items, in their order.
+
+    prompt(item): the prompt's token ids, and a dict of what else the record shall hold.
+    score(item, text): the verdict on an answer, a dict. per_rank, group_by: see `Records.pending`.
+    mapper: calls `score` as `map` does; the `map` of a thread pool scores several answers at once.
+
+    A sampled answer depends on its item and `sampling.seed`, not on the other items.
+    """
+    for batch in records.pending(items, per_rank, group_by):
+        prompts = [prompt(item) for item in batch]
+        seeds = [seed_of(item) for item in batch]
+        answers = generator.generate([ids for ids, _ in prompts], sampling, seeds, records.advance)
+        verdicts = mapper(score, batch, [answer.text for answer in answers])
+        records.add(
+            [
+                record_of(generator.tokenizer, item, ids, answer) | more | verdict
+                for item, (ids, more), answer, verdict in zip(
+                    batch, prompts, answers, verdicts, strict=True
+                )
+            ]
+        )
+    return records.of(items)
+
+
+def record_of(tokenizer, item, ids, answer):
+    """What every record of an answer holds: the prompt as text, the answer, and why it ended."""
+    return {"id": item["id"], "prompt": tokenizer.visible(ids),
+            "completion": answer.text, "finish": answer.finish}  # fmt: skip
 
 
 # ---- Prompts
 
 
-def ask(tokenizer, text, options, prefill=""):
+def prompt_ids(tokenizer, text, options, prefill=""):
     """Token ids of one user turn and the beginning of its answer, or of the bare text.
 
-    The text is not stripped: the paper's training did that, its evaluation did not. Without chat
-    format the prefill follows after a space, if the text does not end in white space already.
+    The text is not stripped: the paper strips it in training, but not in evaluation. Without chat
+    format a space stands before the prefill, unless the text ends in white space.
     """
     if options.chat:
         return tokenizer.raw(f"<|user|>\n{text}\n<|assistant|>\n{prefill}")
@@ -103,23 +141,24 @@ def ask(tokenizer, text, options, prefill=""):
     return tokenizer.raw(text + joint + prefill)
 
 
-def fewest_dropped(make, shots, most_tokens):
-    """(ids, shots left out): `make(k)` with the last k examples, as many as `most_tokens` allows.
+def fit_examples(make, shots, max_tokens):
+    """(token ids, number of examples left out) of the longest prompt within `max_tokens`.
 
-    The examples nearest to the question stay. With none left, the prompt is what it is.
+    make(k): token ids of the prompt with the last k of `shots` examples, those nearest to the
+    question. A prompt that is too long without any example is returned as it is.
     """
-    for dropped in range(shots + 1):
-        ids = make(shots - dropped)
-        if len(ids) <= most_tokens:
-            return ids, dropped
-    return ids, shots
+    for left_out in range(shots + 1):
+        ids = make(shots - left_out)
+        if len(ids) <= max_tokens:
+            break
+    return ids, left_out
 
 
 # ---- Items
 
 
 def sample(items, n, options):
-    """The paper's n items, drawn by `options.seed`, in their order; all with --full or too few."""
+    """n items drawn with `options.seed`, in their order. All with --full, or if n is enough."""
     if options.full or n >= len(items):
         return list(items)
     chosen = random.Random(options.seed).sample(range(len(items)), n)
@@ -127,12 +166,12 @@ def sample(items, n, options):
 
 
 def seed_of(item):
-    """A number that is the item's own, whatever else is asked: the source of its samples."""
+    """The seed of an item's sampled answer. It depends on the item's id alone."""
     return zlib.crc32(str(item["id"]).encode())
 
 
-def need(folder, name):
-    """The path of a benchmark's file; raises `InputError` where it is missing."""
+def published(folder, name):
+    """The path of a benchmark's file or folder. Raises `InputError` if it does not exist."""
     path = folder / name
     if not path.exists():
         raise InputError(f"{path}: no such file, expected the benchmark's as published")
@@ -140,18 +179,12 @@ def need(folder, name):
 
 
 def read_jsonl(path, fields):
-    """Records of a .jsonl or .jsonl.gz, each `checked`; raises `InputError` with the line."""
-    records = []
-    for first, lines, _ in read_batches(path):
-        for number, line in enumerate(lines, first):
-            record = parse(line, path, number)
-            if record is not None:  # a blank line
-                records.append(checked(record, fields, f"{path}:{number}"))
-    return records
+    """Records of a .jsonl or .jsonl.gz, each `checked`. Raises `InputError` with the line."""
+    return [checked(record, fields, f"{path}:{n}") for n, record in readers.records(path)]
 
 
 def read_text(path):
-    """The content of a text file, which must be UTF-8."""
+    """The content of a text file. Raises `InputError` unless it is UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -159,7 +192,7 @@ def read_text(path):
 
 
 def read_json(path):
-    """The content of a .json file."""
+    """The value in a .json file, of any JSON type. Raises `InputError` unless it is JSON."""
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
@@ -167,7 +200,7 @@ def read_json(path):
 
 
 def read_csv(path, columns=None):
-    """Rows of a .csv as dicts by its header, or by `columns` where it has none."""
+    """Rows of a .csv as dicts. Their keys are `columns`, or by default the file's header."""
     rows = []
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, columns, strict=True)
@@ -183,15 +216,18 @@ def read_csv(path, columns=None):
 
 
 def checked(record, fields, where):
-    """The record, if it is an object with all `fields`: names, or a dict of names and types."""
+    """The record itself. Raises `InputError` unless it is an object with all `fields`.
+
+    fields: their names, or a dict from names to Python types. where: file and line, for the error.
+    """
     if not isinstance(record, dict):
         raise InputError(f"{where}: found no object, expected one with {', '.join(fields)}")
     for name in fields:
         if name not in record:
             raise InputError(f"{where}: found no {name}, expected {', '.join(fields)}")
         if isinstance(fields, dict) and not isinstance(record[name], fields[name]):
-            found, expected = type(record[name]).__name__, fields[name].__name__
-            raise InputError(f"{where}: {name} is a {found}, expected a {expected}")
+            kind, expected = type(record[name]).__name__, fields[name].__name__
+            raise InputError(f"{where}: {name} is a {kind}, expected a {expected}")
     return record
 
 
@@ -199,7 +235,7 @@ def checked(record, fields, where):
 
 
 def mean_and_error(values):
-    """Mean and its standard error, both times 100, of scores from 0 to 1; a single one has none."""
+    """Mean and standard error, in percent, of scores from 0 to 1. One score has no error: None."""
     mean = 100 * statistics.fmean(values)
     if len(values) == 1:
         return mean, None
@@ -207,7 +243,7 @@ def mean_and_error(values):
 
 
 def mean_of_means(groups):
-    """Mean of the groups' means, each counting alike, and its standard error; both times 100."""
+    """Mean of the groups' means, all with equal weight, and its standard error; in percent."""
     means, errors = zip(*map(mean_and_error, groups), strict=True)
     if None in errors:
         return statistics.fmean(means), None
@@ -215,20 +251,19 @@ def mean_of_means(groups):
 
 
 def result(metric, score, error, n, settings, **more):
-    """What evaluate.py prints and writes of a task: the score in percent and how it came about."""
+    """What evaluate.py prints and writes for a task: score, standard error, items, settings."""
     return {"metric": metric, "score": score, "stderr": error, "n": n, "settings": settings, **more}
 
 
 def write_outputs(records, name, text):
-    """Write what a judge will read beside the records: `results.jsonl` → `results.{name}`.
+    """Write the input of a judge beside the records, as `results.{name}`; its path, on every rank.
 
-    Rank 0 writes; the path is returned on every rank.
+    Rank 0 writes.
     """
     path = Path(records.path).with_suffix(f".{name}")
-    if is_main():
-        aside = path.with_name(path.name + ".partial")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
+    if dist.get_rank() == 0:
+        with written_aside(path) as file:
+            file.write(text)
     return str(path)
 
 
@@ -238,22 +273,11 @@ def json_lines(rows):
 
 
 def model_name(generator):
-    """What a judge's table shall call the model: its folder's name, without spaces."""
+    """The model's name in a judge's table: the name of its folder, without spaces."""
     return "-".join(generator.tokenizer.path.resolve().parent.name.split())
 
 
 def finishes(records):
-    """How many answers ended why."""
-    found = [record["finish"] for record in records]
-    return {name: found.count(name) for name in sorted(set(found))}
-
-
-def record_of(tokenizer, item, ids, completion):
-    """What every record of an answer holds: the prompt as text, the answer, and why it ended."""
-    return {"id": item["id"], "prompt": tokenizer.visible(ids),
-            "completion": completion.text, "finish": completion.finish}  # fmt: skip
-
-
-def is_main():
-    """Whether this process is rank 0, which writes."""
-    return int(os.environ.get("RANK", 0)) == 0
+    """The number of answers for each finish reason."""
+    reasons = [record["finish"] for record in records]
+    return {reason: reasons.count(reason) for reason in sorted(set(reasons))}

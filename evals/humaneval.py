@@ -1,18 +1,19 @@
 """HumanEval: functions written from their docstrings, judged by running their tests.
 
-The paper's Codex-Eval: 164 problems, the bare function header without chat format (Tulu models,
-too), 20 samples of each at temperature 0.8 and top-p 0.95, at most 512 new tokens, ended before a
-line that begins with class, def, #, if or print; a program has 3 seconds. The score is pass@10, the
-probability that at least one of 10 samples passes, by the unbiased estimator of Chen et al. 2021
-(arXiv 2107.03374, equation 1). pass@1 of the same samples stands beside it; the original's other
-run, at temperature 0.1, gives a higher one.
+The paper's Codex-Eval: 164 problems. The prompt is the bare function header without chat format,
+for Tulu models, too. 20 samples of each problem are drawn at temperature 0.8 and top-p 0.95, with
+at most 512 new tokens. A sample ends before a line that begins with class, def, #, if or print; its
+program may run for 3 seconds. The score is pass@10, the probability that at least one of 10 samples
+passes, by the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, equation 1). pass@1 of the
+same samples stands beside it; the original's other run, at temperature 0.1, gives a higher pass@1.
 
 Source: Ivison et al. 2023, appendix A; open-instruct eval/codex_humaneval/ and
 scripts/submit_eval_jobs.py. File: HumanEval.jsonl.gz of openai/human-eval.
 
-Where ours differs: the original runs a program in a fork of the evaluation itself, whose functions
-it sets to None; ours runs it shut in (evals/sandbox.py), where it may read files and write none.
-Early versions of vLLM could lose the space a completion begins with; ours keeps it.
+Where ours differs: the original runs a program in a fork of the evaluation itself and sets some of
+that process's functions to None. Ours runs it in a sandbox (evals/sandbox.py), where it can read
+files but write none. Early versions of vLLM could lose the space at the beginning of a completion;
+ours keeps it.
 """
 
 import math
@@ -21,27 +22,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 from decoding.sampling import Sampling
 from evals import sandbox
-from evals.harness import finishes, mean_and_error, need, read_jsonl, record_of, result, seed_of
+from evals.harness import answer_all, finishes, mean_and_error, published, read_jsonl, result
 from program.errors import InputError
 
 SAMPLES = 20  # of each problem
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 SECONDS = 3.0
-FIELDS = ("task_id", "prompt", "entry_point", "test")
+FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 
 
 def load(folder, options):
     """The samples to draw: 20 items of each problem, one after the other.
 
-    Raises `InputError` for a bad file, and where programs cannot be shut in.
+    Raises `InputError` for a bad file, and on a machine without a sandbox.
     """
     sandbox.check()
-    path = need(folder, "HumanEval.jsonl.gz")
+    path = published(folder, "HumanEval.jsonl.gz")
     problems = read_jsonl(path, FIELDS)
-    for number, problem in enumerate(problems, 1):
-        for field in FIELDS:
-            if not isinstance(problem[field], str):
-                raise InputError(f"{path}:{number}: {field} is no string")
     if len({problem["task_id"] for problem in problems}) < len(problems):
         raise InputError(f"{path}: found a task_id twice, expected each once")
     return [
@@ -52,59 +49,55 @@ def load(folder, options):
 
 
 def prompt(tokenizer, item, options):
-    """Token ids of the function's header and docstring as they stand."""
+    """Token ids of the function's header and docstring, without chat format."""
     return tokenizer.raw(item["prompt"])
 
 
 def program(item, text):
-    """The function with its tests, as Python source that raises where the function is wrong."""
+    """Python source of the function and its tests. It raises if the function is wrong."""
     return f"{item['prompt']}{text}\n{item['test']}\ncheck({item['entry_point']})"
 
 
 def score(item, text):
-    """Whether the completed function passes its tests, and what happened."""
+    """Whether the completed function passes its tests, and the sandbox's verdict in words."""
     outcome = sandbox.run(program(item, text), SECONDS)
     return {"passed": outcome == "passed", "outcome": outcome}
 
 
 def pass_at_k(samples, passed, k):
-    """Probability that k of the samples, drawn without replacement, hold one that passed."""
+    """Probability that at least one of k samples, drawn without replacement, passed."""
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def evaluate(generator, records, folder, options):
-    """pass@10 in percent, with pass@1 and what became of the programs."""
+    """pass@10 in percent, with pass@1 and the number of programs that ran out of time."""
     items = load(folder, options)
     sampling = Sampling(512, temperature=0.8, top_p=0.95, stop=STOP, seed=options.seed)
-    # The ranks on this machine share its cores: a program that waits for one may run out of time.
+
+    def make_prompt(item):
+        return prompt(generator.tokenizer, item, options), {}
+
+    # The ranks on this machine share its cores, and a program that waits for a core may run out of
+    # time: so no more programs at once than this rank's share of the cores.
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, cores)) as pool:
-        for own in records.pending(items, per_rank=8 * SAMPLES):
-            prompts = [prompt(generator.tokenizer, item, options) for item in own]
-            seeds = [seed_of(item) for item in own]
-            answers = generator.generate(prompts, sampling, seeds, records.advance)
-            verdicts = pool.map(score, own, [answer.text for answer in answers])
-            records.add(
-                [
-                    record_of(generator.tokenizer, item, ids, answer) | verdict
-                    for item, ids, answer, verdict in zip(
-                        own, prompts, answers, verdicts, strict=True
-                    )
-                ]
-            )
-    found = records.of(items)
-    passed = {}  # task_id → how many of its samples
-    for item, record in zip(items, found, strict=True):
+        answered = answer_all(
+            generator, records, items, make_prompt, score, sampling,
+            per_rank=8 * SAMPLES, mapper=pool.map,
+        )  # fmt: skip
+    passed = {}  # task_id → number of its samples that passed
+    for item, record in zip(items, answered, strict=True):
         passed[item["task_id"]] = passed.get(item["task_id"], 0) + record["passed"]
-    at = {k: [pass_at_k(SAMPLES, c, k) for c in passed.values()] for k in (1, 10)}
+    at = {k: [pass_at_k(SAMPLES, n, k) for n in passed.values()] for k in (1, 10)}
+    pass_at_1, pass_at_1_stderr = mean_and_error(at[1])
     return result(
         "pass@10",
         *mean_and_error(at[10]),
         len(passed),
         {"samples": SAMPLES, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 512,
          "seconds": SECONDS, "sandbox": sandbox.check()},
-        pass_at_1=mean_and_error(at[1])[0],
-        pass_at_1_stderr=mean_and_error(at[1])[1],
-        timed_out=sum(record["outcome"] == "timed out" for record in found),
-        finishes=finishes(found),
+        pass_at_1=pass_at_1,
+        pass_at_1_stderr=pass_at_1_stderr,
+        timed_out=sum(record["outcome"] == "timed out" for record in answered),
+        finishes=finishes(answered),
     )  # fmt: skip

@@ -1,20 +1,20 @@
 """MMLU: multiple-choice questions of 57 subjects (Hendrycks et al. 2021, arXiv 2009.03300).
 
-Setting (Ivison et al. 2023, appendix A): all 14,042 test questions, no examples (--mmlu-shots: the
-first so many of the subject's dev file, as far as 2,048 tokens reach), in one user turn; the answer
-begins with "The answer is:", and the likeliest of " A" to " D" as the next token counts. A base
-model goes on from the question's own "Answer:". The score is the share of right answers of all
-questions. Source: open-instruct eval/mmlu/run_eval.py of 2023-11-28; the categories are those of
-MMLU's authors.
+Setting (Ivison et al. 2023, appendix A): all 14,042 test questions, without examples. With
+--mmlu-shots k, the first k questions of the subject's dev file come before it, as many as fit in
+2,048 tokens. All of that is one user turn. The answer begins with "The answer is:", and the
+likeliest of " A" to " D" as the next token counts. A base model continues the question's own
+"Answer:". The score is the share of right answers of all questions. Source: open-instruct
+eval/mmlu/run_eval.py of 2023-11-28; the categories are those of MMLU's authors.
 
-Where ours differs: the original's weights have 8 bits; it leaves out the last examples of a prompt
-that is too long, ours the first; its pandas turns a choice "None" into "nan".
+Where ours differs: the original's weights have 8 bits. It leaves out the last examples of a prompt
+that is too long, ours the first. Its pandas turns a choice "None" into "nan".
 """
 
-from evals.harness import ask, fewest_dropped, mean_and_error, need, read_csv, result
+from evals.harness import fit_examples, mean_and_error, prompt_ids, published, read_csv, result
 from program.errors import InputError
 
-MOST_TOKENS = 2048 + 1  # the original counts without BOS
+MAX_TOKENS = 2048 + 1  # the original counts without BOS
 LETTERS = "ABCD"
 COLUMNS = ("question", *LETTERS, "answer")
 CATEGORIES = {
@@ -36,7 +36,7 @@ CATEGORIES = {
 
 
 def load(folder, options):
-    """Questions of test/*_test.csv, each with its subject's examples from dev/*_dev.csv."""
+    """The questions of test/*_test.csv, each with its subject's examples from dev/*_dev.csv."""
     paths = sorted((folder / "test").glob("*_test.csv"))
     if not paths:
         raise InputError(f"{folder / 'test'}: found no *_test.csv, expected MMLU's")
@@ -44,7 +44,7 @@ def load(folder, options):
     for path in paths:
         subject, examples = path.name.removesuffix("_test.csv"), []
         if shots:
-            dev = need(folder / "dev", f"{subject}_dev.csv")
+            dev = published(folder / "dev", f"{subject}_dev.csv")
             examples = read_questions(dev)[:shots]
             if len(examples) < shots:
                 raise InputError(f"{dev}: {len(examples)} questions, expected --mmlu-shots {shots}")
@@ -56,15 +56,16 @@ def load(folder, options):
 
 
 def read_questions(path):
-    """Rows of a file with `COLUMNS`, the answer a letter.
+    """The rows of a file, dicts by `COLUMNS` whose answer is a letter.
 
-    MMLU's own files have no header; copies that have one, and 0 to 3 for A to D, are read alike.
+    MMLU's own files have no header. Copies with a header, and with 0 to 3 for A to D, give the same
+    rows.
     """
     rows = read_csv(path, COLUMNS)
     if rows and (rows[0]["question"], rows[0]["answer"]) == ("question", "answer"):
         rows = rows[1:]
     if not rows:
-        raise InputError(f"{path}: found no questions")
+        raise InputError(f"{path}: found no questions, expected one or more")
     for number, row in enumerate(rows, 1):
         answer = row["answer"].strip()
         if answer in ("0", "1", "2", "3"):
@@ -75,22 +76,23 @@ def read_questions(path):
     return rows
 
 
-def prompt(tokenizer, item, options, most_tokens):
-    """(token ids, examples left out): a question after as many examples as `most_tokens` allows."""
+def prompt(tokenizer, item, options, max_tokens):
+    """(token ids, examples left out): a question after as many examples as `max_tokens` allows."""
 
     def make(shots):
-        # Two spaces: the original's subject begins with one.
+        # Two spaces before the subject, as in the original.
         subject = " " + item["subject"].replace("_", " ")
         text = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         for example in item["examples"][len(item["examples"]) - shots :]:
-            text += f"{told(example)} {example['answer']}\n\n"
-        return ask(tokenizer, text + told(item), options, "The answer is:" if options.chat else "")
+            text += f"{question_text(example)} {example['answer']}\n\n"
+        prefill = "The answer is:" if options.chat else ""
+        return prompt_ids(tokenizer, text + question_text(item), options, prefill)
 
-    return fewest_dropped(make, len(item["examples"]), min(most_tokens, MOST_TOKENS))
+    return fit_examples(make, len(item["examples"]), min(max_tokens, MAX_TOKENS))
 
 
-def told(question):
-    """A question as it is put, up to where its letter belongs."""
+def question_text(question):
+    """A question with its choices, up to where the letter of the answer belongs."""
     choices = "".join(f"\n{letter}. {question[letter]}" for letter in LETTERS)
     return f"{question['question']}{choices}\nAnswer:"
 
@@ -102,7 +104,7 @@ def score(item, text):
 
 
 def answer_tokens(tokenizer):
-    """Token ids of " A" to " D" as they follow a colon: with Llama's tokenizer, one each."""
+    """Token ids of " A" to " D" after a colon: one id each with Llama's tokenizer."""
     before = len(tokenizer.raw(":"))
     return [tokenizer.raw(f": {letter}")[before:] for letter in LETTERS]
 
@@ -111,40 +113,41 @@ def evaluate(generator, records, folder, options):
     """Right answers in percent."""
     items, tokenizer = load(folder, options), generator.tokenizer
     letters = answer_tokens(tokenizer)
-    most_tokens = generator.context - max(map(len, letters))
-    for own in records.pending(items, per_rank=256, together="subject"):
-        asked = [prompt(tokenizer, item, options, most_tokens) for item in own]
-        fitting = [ids for ids, _ in asked if len(ids) <= most_tokens]
-        found = iter(generator.option_logps(fitting, [letters] * len(fitting)))
-        fresh = []
-        for item, (ids, left_out) in zip(own, asked, strict=True):
-            fits = len(ids) <= most_tokens  # what does not is counted wrong
-            logps = next(found) if fits else []
+    max_tokens = generator.context - max(map(len, letters))
+    for batch in records.pending(items, per_rank=256, group_by="subject"):
+        prompts = [prompt(tokenizer, item, options, max_tokens) for item in batch]
+        fitting = [ids for ids, _ in prompts if len(ids) <= max_tokens]
+        option_logps = iter(generator.option_logps(fitting, [letters] * len(fitting)))
+        new = []
+        for item, (ids, left_out) in zip(batch, prompts, strict=True):
+            fits = len(ids) <= max_tokens  # a prompt that does not fit counts as answered wrong
+            logps = next(option_logps) if fits else []
             chosen = f" {LETTERS[logps.index(max(logps))]}" if fits else ""
-            fresh.append(
+            new.append(
                 {"id": item["id"], "prompt": tokenizer.visible(ids), "examples_left_out": left_out,
                  "completion": chosen, "finish": "choice" if fits else "context", "logps": logps,
                  **score(item, chosen)}
             )  # fmt: skip
-        records.add(fresh)
+        records.add(new)
     return summary(items, records.of(items), options)
 
 
-def summary(items, found, options):
+def summary(items, records, options):
     """The result, with the shares of right answers of each category and subject."""
     subjects, categories = {}, {}
-    category_of = {subject: name for name, own in CATEGORIES.items() for subject in own.split()}
-    for item, record in zip(items, found, strict=True):
+    category_of = {name: category for category, names in CATEGORIES.items()
+                   for name in names.split()}  # fmt: skip
+    for item, record in zip(items, records, strict=True):
         subject = item["subject"]
         subjects.setdefault(subject, []).append(record["correct"])
         categories.setdefault(category_of.get(subject, "other"), []).append(record["correct"])
     return result(
         "% right",
-        *mean_and_error([record["correct"] for record in found]),
+        *mean_and_error([record["correct"] for record in records]),
         len(items),
-        {"shots": options.mmlu_shots, "most_tokens": MOST_TOKENS},
+        {"shots": options.mmlu_shots, "most_tokens": MAX_TOKENS},
         categories={name: mean_and_error(correct)[0] for name, correct in categories.items()},
         subjects={name: mean_and_error(correct)[0] for name, correct in subjects.items()},
-        prompts_with_fewer_examples=sum(record["examples_left_out"] > 0 for record in found),
-        prompts_too_long=sum(record["finish"] == "context" for record in found),
+        prompts_with_fewer_examples=sum(record["examples_left_out"] > 0 for record in records),
+        prompts_too_long=sum(record["finish"] == "context" for record in records),
     )

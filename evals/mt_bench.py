@@ -1,20 +1,20 @@
 """MT-Bench: 80 questions in eight categories, each with a second turn that builds on the first.
 
-The paper's setting: FastChat's llm_judge, answers graded from 1 to 10 by GPT-4-0613 one at a time,
-the mean of 160 grades. Its settings for answers are FastChat's defaults (which of them the authors
-changed is not known): at most 1,024 new tokens, one answer a question, temperature 0.7 for writing
-and roleplay, 0.1 for stem and humanities, 0 for the rest. The second turn sees the model's own
-first answer.
+The paper's setting: FastChat's llm_judge. GPT-4-0613 grades each answer alone, from 1 to 10; the
+score is the mean of 160 grades. The settings of the answers here are FastChat's defaults (whether
+the authors changed any is not known): one answer to a question, at most 1,024 new tokens,
+temperature 0.7 for writing and roleplay, 0.1 for stem and humanities, 0 for the rest. The second
+turn sees the model's own first answer.
 
 Source: Ivison et al. 2023, appendix A and table 8; lm-sys/FastChat fastchat/llm_judge/common.py and
 gen_model_answer.py (Zheng et al. 2023, arXiv 2306.05685). File: data/mt_bench/question.jsonl there.
 
-The judge is a paid service, so there is no score here: results.mt_bench.jsonl has FastChat's lines
-of answers, and the result says the commands.
+The judge is a paid service, so there is no score here: results.mt_bench.jsonl has the answers, one
+line each in FastChat's format, and the result states the commands.
 
-Where ours differs: FastChat's "tulu" template puts no </s> after the first answer, which the model
-never saw in training; ours is the training's format. transformers, under FastChat, samples among
-the 50 likeliest tokens by default; ours among all.
+Where ours differs: FastChat's "tulu" template puts no </s> after the first answer, and the model
+never saw such a text in training; ours is the format of training. transformers, which FastChat
+uses, samples among the 50 likeliest tokens by default; ours samples among all.
 """
 
 import time
@@ -25,7 +25,7 @@ from evals.harness import (
     finishes,
     json_lines,
     model_name,
-    need,
+    published,
     read_jsonl,
     record_of,
     result,
@@ -46,32 +46,32 @@ JUDGE = (
 
 
 def load(folder, options):
-    """The questions; raises `InputError` for a bad file, and where chat format is turned off."""
+    """The questions. Raises `InputError` for a bad file, and for --no-chat."""
     if not options.chat:
-        raise InputError("mt_bench is a conversation: it cannot be asked with --no-chat")
-    path = need(folder, "question.jsonl")
+        raise InputError("found --no-chat with mt_bench, which is a conversation: drop one of them")
+    path = published(folder, "question.jsonl")
     questions = read_jsonl(path, FIELDS)
     for number, question in enumerate(questions, 1):
         turns = question["turns"]
         if not isinstance(turns, list) or [type(turn) for turn in turns] != [str, str]:
-            raise InputError(f"{path}:{number}: found no two turns, expected two strings")
+            raise InputError(f"{path}:{number}: found other turns than two strings")
         if question["category"] not in TEMPERATURES:
             raise InputError(
                 f"{path}:{number}: found category {question['category']!r}, expected one of "
                 f"{', '.join(TEMPERATURES)}"
             )
     if not questions or len({q["question_id"] for q in questions}) < len(questions):
-        raise InputError(f"{path}: found no questions or a question_id twice")
+        raise InputError(f"{path}: found no questions, or a question_id twice")
     return [{"id": str(question["question_id"]), **question} for question in questions]
 
 
 def turns(items, n):
-    """The items of the n-th turn, which are asked after those of the turn before it."""
+    """The items of the n-th turn. All items of one turn are asked before those of the next."""
     return [{**item, "id": f"{item['id']}/{n}"} for item in items]
 
 
 def prompt(tokenizer, item, options, answers=()):
-    """Token ids of the turn that follows as many `answers` as there were."""
+    """Token ids of the next turn, after the turns that `answers` answered."""
     messages = []
     for question, answer in zip(item["turns"], answers, strict=False):
         messages += [{"role": "user", "content": question}]
@@ -81,23 +81,22 @@ def prompt(tokenizer, item, options, answers=()):
 
 
 def score(item, text):
-    """No verdict, but the answer as the judge gets it, and the next turn."""
+    """The answer as the judge and the next turn get it. The verdict is the judge's."""
     return {"answer": text.strip()}
 
 
 def evaluate(generator, records, folder, options):
     """No score without the judge; the answers go to results.mt_bench.jsonl."""
-    items = load(folder, options)
+    items, name = load(folder, options), model_name(generator)
     first, second = turns(items, 1), turns(items, 2)
-    for own in records.pending(first):
-        records.add(answered(generator, records, own, [()] * len(own), options))
-    begun = {record["id"]: record["answer"] for record in records.of(first)}
-    for own in records.pending(second):
-        before = [(begun[f"{item['question_id']}/1"],) for item in own]
-        records.add(answered(generator, records, own, before, options))
-    found = [records.of(first), records.of(second)]
-    name = model_name(generator)
-    path = write_outputs(records, "mt_bench.jsonl", json_lines(lines(items, *found, name)))
+    for batch in records.pending(first):
+        records.add(answer_turn(generator, records, batch, [()] * len(batch), options))
+    first_answers = {record["id"]: record["answer"] for record in records.of(first)}
+    for batch in records.pending(second):
+        earlier = [(first_answers[f"{item['question_id']}/1"],) for item in batch]
+        records.add(answer_turn(generator, records, batch, earlier, options))
+    answered = [records.of(first), records.of(second)]
+    path = write_outputs(records, "mt_bench.jsonl", json_lines(lines(items, *answered, name)))
     return result(
         "grade of 10",
         None,
@@ -106,32 +105,32 @@ def evaluate(generator, records, folder, options):
         {"max_new_tokens": 1024, "temperature": TEMPERATURES},
         outputs=path,
         judge=JUDGE.format(path=path, name=name),
-        finishes=finishes(found[0] + found[1]),
+        finishes=finishes(answered[0] + answered[1]),
     )
 
 
-def answered(generator, records, own, before, options):
-    """Records of the items of one turn, given each one's answers before it."""
-    tokenizer, found = generator.tokenizer, {}
-    for temperature in sorted({TEMPERATURES[item["category"]] for item in own}):
+def answer_turn(generator, records, batch, earlier, options):
+    """Records of a batch of one turn. earlier: for each item, the answers before this turn."""
+    tokenizer, new = generator.tokenizer, {}
+    for temperature in sorted({TEMPERATURES[item["category"]] for item in batch}):
         sampling = Sampling(1024, temperature, seed=options.seed)
-        part = [i for i, item in enumerate(own) if TEMPERATURES[item["category"]] == temperature]
-        prompts = [prompt(tokenizer, own[i], options, before[i]) for i in part]
-        seeds = [seed_of(own[i]) for i in part]
+        part = [i for i, item in enumerate(batch) if TEMPERATURES[item["category"]] == temperature]
+        prompts = [prompt(tokenizer, batch[i], options, earlier[i]) for i in part]
+        seeds = [seed_of(batch[i]) for i in part]
         answers = generator.generate(prompts, sampling, seeds, records.advance)
         for i, ids, answer in zip(part, prompts, answers, strict=True):
-            record = record_of(tokenizer, own[i], ids, answer)
-            found[i] = record | score(own[i], answer.text)
-    return [found[i] for i in range(len(own))]
+            record = record_of(tokenizer, batch[i], ids, answer)
+            new[i] = record | score(batch[i], answer.text)
+    return [new[i] for i in range(len(batch))]
 
 
 def lines(items, first, second, name):
-    """FastChat's answers: one choice of two turns for each question."""
-    found = []
+    """FastChat's records of answers: one choice with two turns for each question."""
+    rows = []
     for item, one, two in zip(items, first, second, strict=True):
         answers = [one["answer"], two["answer"]]
         key = f"{name} {item['question_id']} {answers}".encode()
-        found.append(
+        rows.append(
             {
                 "question_id": item["question_id"],
                 "answer_id": f"{zlib.crc32(key):08x}",
@@ -140,4 +139,4 @@ def lines(items, first, second, name):
                 "tstamp": time.time(),
             }
         )
-    return found
+    return rows

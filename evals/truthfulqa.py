@@ -1,27 +1,27 @@
 """TruthfulQA: does the model say what is true, or what people wrongly believe?
 
-The paper's setting: every question of TruthfulQA.csv after a primer of six questions and answers
-(the "qa" preset), in one user turn; greedy, at most 50 new tokens. Its metric, the share of answers
-that are true and informative, is the verdict of two fine-tuned GPT-3 models that OpenAI has since
-withdrawn. So ours has two parts:
+The paper's setting: every question of TruthfulQA.csv, after a primer of six questions and answers
+(the "qa" preset), in one user turn; greedy, with at most 50 new tokens. Its metric, the share of
+answers that are true and informative, is the verdict of two fine-tuned GPT-3 models that OpenAI has
+since withdrawn. So ours has two parts:
 
-- **MC1 and MC2** (Lin et al. 2022, arXiv 2109.07958), by the likelihood of the published answers
-  after the same prompt, which needs no judge. MC1: is the best answer likelier than every false
+- **MC1 and MC2** (Lin et al. 2022, arXiv 2109.07958) need no judge: they come from the likelihood
+  of the published answers after the same prompt. MC1: is the best answer likelier than every false
   one? MC2: the true answers' share of the probability of all. MC2 is the score. It is *another
-  metric* than the paper's and is not to be read beside its column.
-- **The answers, for a judge**: results.truthfulqa.csv is TruthfulQA.csv with a column of the
-  model's name, as the benchmark's own truthfulqa.evaluate and open-instruct's metrics.py read it.
+  metric* than the paper's, and must not be compared with its column.
+- **The answers, for a judge**: results.truthfulqa.csv is TruthfulQA.csv with one more column, named
+  like the model. The benchmark's own truthfulqa.evaluate and open-instruct's metrics.py read it.
 
 Source: Ivison et al. 2023, appendix A; open-instruct eval/truthfulqa/ of November 2023;
 sylinrl/TruthfulQA truthfulqa/{presets,utilities,metrics}.py. The published file has lost a few
-questions over time (817 then, 813 in the newest); all there are are asked.
+questions over time (817 then, 813 in the newest); every question in the file is asked.
 
 Where ours differs:
 - The original means to begin the answer with "A:" in chat format, but adds it to a variable that is
   then dropped; its likelihoods do have it. Here both begin with "A:".
-- Without chat format it lets a base model write that "A:" itself; here it is given there, too, so
-  that answers and likelihoods follow one prompt.
-- MC2 is computed from logarithms; exp of the sums is 0 for long answers, and 0/0 no number.
+- Without chat format the original lets a base model write that "A:" itself. Here the prompt ends
+  with it, so that answers and likelihoods follow one prompt.
+- MC2 is computed from logarithms. For long answers exp of the sums is 0, and 0/0 is not a number.
 - Weights stay in the model's precision; the original's were in 8 bits.
 """
 
@@ -32,12 +32,12 @@ from pathlib import Path
 
 from decoding.sampling import Sampling
 from evals.harness import (
-    ask,
     checked,
     finishes,
     mean_and_error,
     model_name,
-    need,
+    prompt_ids,
+    published,
     read_csv,
     record_of,
     result,
@@ -56,11 +56,11 @@ JUDGES = (
 
 
 def load(folder, options):
-    """The questions with their true and false answers, each closed by a full stop.
+    """The questions with their true and false answers, each with a full stop at its end.
 
-    Raises `InputError` for a file without them, or a best answer that is not among the true ones.
+    Raises `InputError` for a bad file, and for a best answer that is not among the true ones.
     """
-    path = need(folder, "TruthfulQA.csv")
+    path = published(folder, "TruthfulQA.csv")
     items = []
     for number, row in enumerate(read_csv(path), 1):
         where = f"{path}: record {number}"
@@ -77,41 +77,41 @@ def load(folder, options):
              "true": true, "false": false, "row": row}
         )  # fmt: skip
     if not items:
-        raise InputError(f"{path}: found no questions, expected some")
+        raise InputError(f"{path}: found no questions, expected one or more")
     return items
 
 
 def answers(text):
-    """The answers of a cell, which semicolons separate."""
+    """The answers in a cell, where semicolons separate them."""
     parts = [part.strip() for part in text.split(";")]
     return [closed(part) for part in parts if part]
 
 
 def closed(answer):
-    """With a full stop at its end, as the benchmark compares answers."""
+    """The answer with a full stop at its end, as the benchmark compares answers."""
     return answer if answer.endswith(".") else answer + "."
 
 
 def prompt(tokenizer, item, options, answer=""):
-    """Token ids of primer, question and "A:", with an answer after it if there is one."""
+    """Token ids of primer, question and "A:", and of the answer after it if one is given."""
     # The bare text needs a line feed; around a user turn Tulu's format has its own.
     text = f"{PRIMER}\n\nQ: {item['question']}" + ("" if options.chat else "\n")
-    return ask(tokenizer, text, options, f"A: {answer}" if answer else "A:")
+    return prompt_ids(tokenizer, text, options, f"A: {answer}" if answer else "A:")
 
 
 def options_of(tokenizer, item, options):
-    """The prompt's ids, and those with which each true and then each false answer follows it."""
+    """(ids of the prompt, a list of ids for each answer after it: true, then false)."""
     ids = prompt(tokenizer, item, options)
-    found = []
+    choices = []
     for answer in item["true"] + item["false"]:
         whole = prompt(tokenizer, item, options, answer)
         assert whole[: len(ids)] == ids, (tokenizer.visible(ids), tokenizer.visible(whole))
-        found.append(whole[len(ids) :])
-    return ids, found
+        choices.append(whole[len(ids) :])
+    return ids, choices
 
 
 def score(item, text, logps):
-    """MC1 and MC2 from the answers' log-probabilities, true ones first; the answer as judged."""
+    """The answer for the judges; MC1 and MC2 from log-probabilities of true and false answers."""
     true, false = logps[: len(item["true"])], logps[len(item["true"]) :]
     likeliest = max(logps)
     mass_true = sum(math.exp(logp - likeliest) for logp in true)
@@ -126,51 +126,50 @@ def score(item, text, logps):
 
 
 def trimmed(text):
-    """What of a completion is judged: the first answer, without "A:" and blank lines."""
+    """The part of a completion that is judged: the first answer, without "A:" and blank lines."""
     text = text.strip().removeprefix("A:").strip()
     return text.split("Q:")[0].strip().replace("\n\n", " ")
 
 
 def evaluate(generator, records, folder, options):
     """MC2 in percent, with MC1; the answers go to results.truthfulqa.csv."""
-    items = load(folder, options)
-    # A tuned model ends its answer itself; a base model would go on with a question of its own.
+    items, name = load(folder, options), model_name(generator)
+    # A tuned model ends its answer itself; a base model would continue with a question of its own.
     sampling = Sampling(max_new_tokens=50, stop=() if options.chat else ("\n\n",))
-    for own in records.pending(items):
-        asked = [options_of(generator.tokenizer, item, options) for item in own]
-        prompts, choices = [ids for ids, _ in asked], [found for _, found in asked]
+    for batch in records.pending(items):
+        asked = [options_of(generator.tokenizer, item, options) for item in batch]
+        prompts, choices = [ids for ids, _ in asked], [answers for _, answers in asked]
         completions = generator.generate(prompts, sampling, advance=records.advance)
         logps = generator.option_logps(prompts, choices)
         records.add(
             [
                 record_of(generator.tokenizer, item, ids, completion)
-                | score(item, completion.text, own_logps)
-                for item, ids, completion, own_logps in zip(
-                    own, prompts, completions, logps, strict=True
+                | score(item, completion.text, item_logps)
+                for item, ids, completion, item_logps in zip(
+                    batch, prompts, completions, logps, strict=True
                 )
             ]
         )
-    found = records.of(items)
-    name = model_name(generator)
-    path = write_outputs(records, "truthfulqa.csv", table(items, found, name))
+    answered = records.of(items)
+    path = write_outputs(records, "truthfulqa.csv", table(items, answered, name))
     return result(
         "MC2",
-        *mean_and_error([record["mc2"] for record in found]),
+        *mean_and_error([record["mc2"] for record in answered]),
         len(items),
         {"shots": 6, "max_new_tokens": 50, "temperature": 0.0},
-        mc1=mean_and_error([record["mc1"] for record in found])[0],
+        mc1=mean_and_error([record["mc1"] for record in answered])[0],
         paper_metric="% true and informative, by judges",
         outputs=path,
         judge=JUDGES.format(name=name, path=path),
-        finishes=finishes(found),
+        finishes=finishes(answered),
     )
 
 
-def table(items, found, name):
-    """CSV text: the published columns, and the model's answers in one of its name."""
+def table(items, records, name):
+    """CSV text: the published columns, and a column `name` with the model's answers."""
     file = io.StringIO()
     writer = csv.DictWriter(file, [*items[0]["row"], name], lineterminator="\n")
     writer.writeheader()
-    for item, record in zip(items, found, strict=True):
+    for item, record in zip(items, records, strict=True):
         writer.writerow({**item["row"], name: record["answer"]})
     return file.getvalue()

@@ -1,16 +1,17 @@
 """TyDiQA-GoldP: questions in nine languages about a given passage.
 
-Setting (Ivison et al. 2023, appendix A): 100 questions of each language from the development set;
-before each one worked example of its language from the training set, the same for all; instruction
-and labels in that language, passages cut to 512 tokens (BOS among them), all in one user turn; the
-answer begins with the language's "Answer:"; greedy, at most 50 new tokens. Chat models end by
-themselves, base models at a line feed. The score is SQuAD's F1 (Rajpurkar et al. 2016, section
-6.1), the mean over languages. Source: open-instruct eval/tydiqa/run_eval.py of 2023-11-28, whence
-the texts of tydiqa_templates.json. Samples and examples are the original's: one `random` after seed
-42 draws the questions of all languages, in alphabetical order, and then the examples.
+Setting (Ivison et al. 2023, appendix A): 100 questions of each language from the development set.
+Before each of them stands one worked example of its language from the training set, the same for
+all questions. Instruction and labels are in that language; passages are cut to 512 tokens, BOS
+included. All of that is one user turn. The answer begins with the language's "Answer:"; it is
+greedy, with at most 50 new tokens. A chat model ends it by itself; a base model stops at a line
+feed. The score is SQuAD's F1 (Rajpurkar et al. 2016, section 6.1), the mean over languages. Source:
+open-instruct eval/tydiqa/run_eval.py of 2023-11-28, which also has the texts of
+tydiqa_templates.json. Samples and examples are the original's: one `random` after seed 42 draws the
+questions of all languages, in alphabetical order, and then the examples.
 
-Where ours differs: a cut passage neither begins with a literal "<s>" nor ends in the rest of a
-character. --full asks all questions after the same examples; the original then drew others.
+Where ours differs: a cut passage neither begins with a literal "<s>" nor ends in the first bytes of
+a character. --full asks all questions after the same examples; the original then draws others.
 """
 
 import random
@@ -21,15 +22,15 @@ from pathlib import Path
 
 from decoding.sampling import Sampling
 from evals.harness import (
-    ask,
+    answer_all,
     checked,
-    fewest_dropped,
     finishes,
+    fit_examples,
     mean_and_error,
     mean_of_means,
-    need,
+    prompt_ids,
+    published,
     read_json,
-    record_of,
     result,
 )
 from program.errors import InputError
@@ -37,29 +38,37 @@ from program.errors import InputError
 SAMPLED = 100  # of each language
 MAX_NEW_TOKENS = 50
 PASSAGE_TOKENS = 512
-# Of each language: instruction, and the labels of passage, question and answer.
+# For each language: the instruction, and the labels of passage, question and answer.
 TEMPLATES = read_json(Path(__file__).with_name("tydiqa_templates.json"))
 
 
 def load(folder, options):
     """Questions of the development file, each with its language's example of the training file."""
-    asked = by_language(need(folder, "tydiqa-goldp-v1.1-dev.json"))
-    path = need(folder, "tydiqa-goldp-v1.1-train.json")
-    known = by_language(path)
-    if missing := sorted(asked.keys() - known.keys()):
+    questions = by_language(published(folder, "tydiqa-goldp-v1.1-dev.json"))
+    path = published(folder, "tydiqa-goldp-v1.1-train.json")
+    training = by_language(path)
+    if missing := sorted(questions.keys() - training.keys()):
         raise InputError(f"{path}: found no {missing[0]} question, expected an example of each")
     draw, chosen = random.Random(options.seed), {}
-    for language in sorted(asked):
-        found = asked[language]
-        drawn = draw.sample(found, SAMPLED) if len(found) > SAMPLED else found
-        chosen[language] = found if options.full else drawn
-    examples = {language: draw.sample(known[language], 1)[0] for language in sorted(asked)}
-    return [{**q, "example": examples[name]} for name, own in chosen.items() for q in own]
+    for language in sorted(questions):
+        all_of_it = questions[language]
+        drawn = draw.sample(all_of_it, SAMPLED) if len(all_of_it) > SAMPLED else all_of_it
+        chosen[language] = all_of_it if options.full else drawn
+    # Drawn after the questions, as in the original: a draw depends on all before it.
+    examples = {language: draw.sample(training[language], 1)[0] for language in sorted(questions)}
+    return [
+        {**question, "example": examples[language]}
+        for language, items in chosen.items()
+        for question in items
+    ]
 
 
 def by_language(path):
-    """The questions of a file, a list for each language: SQuAD's layout, language in the id."""
-    found = {}
+    """The questions of a file in SQuAD's layout, as a dict from language to list.
+
+    The language is the first part of a question's id.
+    """
+    questions = {}
     for article in checked(read_json(path), {"data": list}, path)["data"]:
         for paragraph in checked(article, {"paragraphs": list}, path)["paragraphs"]:
             checked(paragraph, {"context": str, "qas": list}, path)
@@ -71,33 +80,36 @@ def by_language(path):
                 texts = [checked(a, {"text": str}, where)["text"] for a in question["answers"]]
                 if not texts:
                     raise InputError(f"{where}: found no answers, expected one or more")
-                found.setdefault(language, []).append(
+                questions.setdefault(language, []).append(
                     {"id": question["id"], "language": language, "context": paragraph["context"],
                      "question": question["question"], "answers": texts}
                 )  # fmt: skip
-    if not found:
+    if not questions:
         raise InputError(f"{path}: found no questions, expected TyDiQA's")
-    return found
+    return questions
 
 
-def prompt(tokenizer, item, options, most_tokens):
-    """(token ids, examples left out): passage and question, after the example where it fits."""
-    instruction, passage, question, answer = TEMPLATES[item["language"]]
+def prompt(tokenizer, item, options, max_tokens):
+    """(token ids, examples left out): passage and question, after the example if it fits."""
+    instruction, passage_label, question_label, answer_label = TEMPLATES[item["language"]]
 
-    def told(one):
-        context = beginning(tokenizer, one["context"])
-        return f"{passage} {context}\n{question} {one['question']}\n"
+    def question_text(question):
+        passage = beginning(tokenizer, question["context"])
+        return f"{passage_label} {passage}\n{question_label} {question['question']}\n"
 
     def make(shots):
-        example = item["example"]
-        shown = [f"{told(example)}{answer} {example['answers'][0]}"] if shots else []
-        return ask(tokenizer, "\n\n".join([instruction, *shown, told(item)]), options, answer)
+        parts = [instruction]
+        if shots:
+            example = item["example"]
+            parts.append(f"{question_text(example)}{answer_label} {example['answers'][0]}")
+        text = "\n\n".join([*parts, question_text(item)])
+        return prompt_ids(tokenizer, text, options, answer_label)
 
-    return fewest_dropped(make, 1, most_tokens)
+    return fit_examples(make, 1, max_tokens)
 
 
 def beginning(tokenizer, text):
-    """A text's first tokens, `PASSAGE_TOKENS` with BOS."""
+    """The beginning of a text: at most `PASSAGE_TOKENS` tokens, BOS included."""
     ids = tokenizer.raw(text)
     if len(ids) <= PASSAGE_TOKENS:
         return text
@@ -105,42 +117,39 @@ def beginning(tokenizer, text):
 
 
 def score(item, text):
-    """F1 of the answer's words against the reference that they match best, from 0 to 1."""
+    """F1, from 0 to 1, of the answer's words against those of the best-matching reference."""
     answer = text.strip()
     best = max(f1(words(answer), words(reference)) for reference in item["answers"])
     return {"answer": answer, "f1": best}
 
 
 def words(text):
-    """A text's words as SQuAD compares them: without case, punctuation and English articles."""
+    """A text's words as SQuAD compares them: in lower case, no punctuation, no English articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def f1(found, expected):
-    """Harmonic mean of precision and recall of two lists of words, 0 where none is shared."""
-    shared = (Counter(found) & Counter(expected)).total()
-    return 2 * shared / (len(found) + len(expected)) if shared else 0.0
+def f1(answer, reference):
+    """Harmonic mean of precision and recall of two lists of words. 0 if they share no word."""
+    shared = (Counter(answer) & Counter(reference)).total()
+    return 2 * shared / (len(answer) + len(reference)) if shared else 0.0
 
 
 def evaluate(generator, records, folder, options):
     """F1 in percent, the mean over languages."""
-    items, tokenizer = load(folder, options), generator.tokenizer
+    items = load(folder, options)
     sampling = Sampling(MAX_NEW_TOKENS, stop=() if options.chat else ("\n",))
-    most_tokens = generator.context - MAX_NEW_TOKENS
-    for own in records.pending(items, together="language"):
-        asked = [prompt(tokenizer, item, options, most_tokens) for item in own]
-        answers = generator.generate([ids for ids, _ in asked], sampling, advance=records.advance)
-        records.add(
-            [
-                record_of(tokenizer, item, ids, answer)
-                | {"examples_left_out": left_out}
-                | score(item, answer.text)
-                for item, (ids, left_out), answer in zip(own, asked, answers, strict=True)
-            ]
-        )  # fmt: skip
-    found, languages = records.of(items), {}
-    for item, record in zip(items, found, strict=True):
+    max_tokens = generator.context - MAX_NEW_TOKENS
+
+    def make_prompt(item):
+        ids, left_out = prompt(generator.tokenizer, item, options, max_tokens)
+        return ids, {"examples_left_out": left_out}
+
+    answered = answer_all(
+        generator, records, items, make_prompt, score, sampling, group_by="language"
+    )
+    languages = {}
+    for item, record in zip(items, answered, strict=True):
         languages.setdefault(item["language"], []).append(record["f1"])
     return result(
         "F1",
@@ -149,6 +158,6 @@ def evaluate(generator, records, folder, options):
         {"shots": 1, "max_new_tokens": MAX_NEW_TOKENS, "temperature": 0.0,
          "passage_tokens": PASSAGE_TOKENS},
         languages={name: mean_and_error(scores)[0] for name, scores in languages.items()},
-        prompts_with_fewer_examples=sum(record["examples_left_out"] > 0 for record in found),
-        finishes=finishes(found),
+        prompts_with_fewer_examples=sum(record["examples_left_out"] > 0 for record in answered),
+        finishes=finishes(answered),
     )  # fmt: skip

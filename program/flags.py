@@ -101,14 +101,16 @@ def parse_args(config_class, argv=None):
 def check_flags(config):
     """Raise `InputError` for a flag of sft.py or dpo.py whose value makes no sense."""
     check_bounds(config)
-    if config.dtype not in ("bfloat16", "float32"):
-        raise InputError(f"--dtype is {config.dtype}, expected bfloat16 or float32")
     if (config.model is None) != (config.data is None):
         raise InputError("--model and --data go together (with neither, the demo runs)")
 
 
 def check_bounds(config):
-    """Raise `InputError` for a flag of any script that is out of its `BOUNDS`."""
+    """Raise `InputError` for a flag of any script that is out of its `BOUNDS`, and for a --dtype
+    that no script computes in."""
+    dtype = getattr(config, "dtype", None)
+    if dtype not in (None, "bfloat16", "float32"):
+        raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
     for name, value in dataclasses.asdict(config).items():
         if name not in BOUNDS:
             continue

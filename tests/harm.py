@@ -39,17 +39,19 @@ def recipe(base, data, out):
     return RECIPE | {"model": str(base), "data": [str(data)], "out": str(out)}
 
 
-def harmed(flags, harm=None, at=0, calls=(), log=None, ranks=1, program="sft"):
+def harmed(flags, harm=None, at=0, calls=(), log=None, ranks=1, program="sft", struck=None):
     """Run a program in a process that does itself `harm` at its `at`-th of the `calls`; the status.
 
     harm: a signal to send itself, "full" (the disk: the call fails with ENOSPC), or a number of
-    bytes of which no file may have more, from the start. With several `ranks` all do the same.
+    bytes of which no file may have more, from the start. Of several `ranks` all do the same, or
+    only rank `struck`. Statuses that differ come as a set.
     """
     port = free_port()
-    processes = [
-        FORKS.Process(target=main, args=(program, flags, harm, at, calls, log, rank, ranks, port))
-        for rank in range(ranks)
-    ]
+    processes = []
+    for rank in range(ranks):
+        trap = (harm, at, calls) if struck in (None, rank) else (None, 0, ())
+        args = (program, flags, *trap, log, rank, ranks, port)
+        processes.append(FORKS.Process(target=main, args=args))
     for process in processes:
         process.start()
     for process in processes:

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 from data import (
     Documents,
     best_fit_decreasing,
     check_micro_tokens,
     encode_conversation,
-    highlight,
     pack_row,
     plan_rows,
     update_count,
@@ -26,7 +26,9 @@ from model import Decoder, LlamaConfig
 from program.errors import InputError
 from tokens import readers
 from tokens.readers import data_files, parse, read_batches
+from tokens.report import highlight, print_lengths
 from tokens.tokenizer import Tokenizer
+from training.update import model_flops
 
 PROPERTY = {"derandomize": True, "deadline": None, "database": None, "max_examples": 100}
 
@@ -66,6 +68,22 @@ def test_costs_of_ranks_differ_by_one_document_at_most(lengths, ranks):
     plan = plan_rows(np.array(lengths), ranks, 900, E)
     shares = [sum(costs[i] for row in rows for i in row) for rows in plan]
     assert max(shares) - min(shares) <= max(costs) + 1e-6
+
+
+def test_a_ranks_cost_is_what_the_model_computes():
+    """One long document against short ones: the other rank gets as many of them as cost the same.
+
+    By the FLOPs of a block with 7B's proportions (an MLP of 8/3 of the hidden size): 144 tokens
+    cost as much as 30.9 times 12, by n + n²/12E 432 against 14. By tokens it would be 12 times, by
+    their squares 144, by n + n²/24E 22.2 and by n + n²/6E 45.
+    """
+    E = 6
+    config = LlamaConfig(10, E, 8 * E // 3, 1, 1, 1, E, 1e-5, 1e4, False)
+    ratio = model_flops(config, [144], 0) / model_flops(config, [12], 0)
+    assert ratio == pytest.approx(432 / 14)
+    first, second = plan_rows(np.array([144] + [12] * 32), 2, 1000, E)
+    assert sorted(sum(second, [])) == list(range(1, 32)) and len(sum(second, [])) == 31 > ratio
+    assert sorted(sum(first, [])) == [0, 32]
 
 
 def test_an_update_of_tulu_is_spread_evenly():
@@ -330,6 +348,34 @@ def test_highlighting_tells_trained_tokens_apart(base):
     assert shown == ("<s> <|user|>\nq\n<|assistant|>\n⟦é</s>⟧\n<|user|>\nq\n<|assistant|>\n⟦b</s>⟧")
 
 
+def test_the_histogram_of_lengths_counts_powers_of_two(capsys):
+    """A length of 8 belongs to ≤ 8, one of 9 to ≤ 16; mean and percentiles stand above."""
+    print_lengths(np.array([1, 2, 3, 4, 5, 8, 9]))
+    first, *bars = capsys.readouterr().out.splitlines()
+    assert "mean 5; percentiles" in first and "50 %: 4," in first and first.endswith("100 %: 9")
+    counts = [tuple(map(int, bar.split()[1:3])) for bar in bars]
+    assert counts == [(1, 1), (2, 1), (4, 2), (8, 2), (16, 1)]
+    assert [bar.count("█") for bar in bars] == [25, 25, 50, 50, 25]
+
+
+def test_what_data_py_says_of_rows_and_turns(base, conversations, capsys):
+    """Where everything fits into one row: how full it is, an update's, and what padding costs."""
+    flags = {"model": str(base), "data": [str(conversations)], "batch_size": 8, "show": 1}
+    data.main(flags | {"micro_tokens": 10_000})
+    shown = capsys.readouterr().out
+    documents = Documents([conversations], base, 8192, encode_conversation)
+    total = documents.lengths.sum()
+    assert f"24 conversations, {total:,} tokens, " in shown
+    assert f"{documents.turns.sum()} assistant turns, {documents.turns.sum() / 24:.2f} a" in shown
+    assert f"rows of 10,000 tokens: {total / 10_000:.2%} full over all the data" in shown
+    assert f"8 conversations takes 1.0 rows on one rank, {total / 3 / 10_000:.1%} full" in shown
+    batches = [documents.lengths[update_members(24, 4, 42, step)[1], 0] for step in range(6)]
+    useful = total / sum(4 * max(batch) for batch in batches)
+    assert f"(padded to the longest of 4: {useful:.0%} useful)" in shown
+    assert f"{conversations}:1 (id made-up-0), {documents.lengths[0, 0]} tokens:\n<s> " in shown
+    assert f"{conversations}:2" not in shown
+
+
 # ---- Readers
 
 
@@ -367,6 +413,31 @@ def test_every_kind_of_file_gives_the_same_records(suffix, tmp_path):
     assert len(shares) == 3 and shares == sorted(shares) and 0 < shares[0] and shares[-1] == 1
 
 
+def test_batches_are_bounded_in_records_and_in_bytes(tmp_path, monkeypatch):
+    """Memory holds one batch: it ends with the record that fills it."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"123456\n" * 10 + b"1\n" * 10)
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 4)
+    monkeypatch.setattr(readers, "BATCH_BYTES", 20)
+    batches = [(first, len(records)) for first, records, _ in read_batches(path)]
+    assert batches == [(1, 3), (4, 3), (7, 3), (10, 4), (14, 4), (18, 3)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json"])
+def test_where_a_broken_file_ends_is_told_by_the_record(suffix, tmp_path, monkeypatch):
+    """In the second batch: the number is that of the first record that cannot be read."""
+    monkeypatch.setattr(readers, "BATCH_RECORDS", 500)
+    path = write_as(suffix, tmp_path)
+    if suffix == ".json":
+        text = path.read_text().encode()
+        path.write_bytes(text[: text.index(b"r700")])
+    else:
+        lines = "".join(json.dumps(r) + "\n" for r in RECORDS[:700]).encode()
+        path.write_bytes(gzip.compress(lines)[:-8])  # all of the text, without its checksum
+    with pytest.raises(InputError, match=rf"data{suffix}:701: "):
+        read(path)
+
+
 def test_line_numbers_count_blank_lines(tmp_path, monkeypatch):
     """Wherever the borders of batches fall; a byte order mark and CR LF are no content."""
     path = tmp_path / "a.jsonl"
@@ -392,14 +463,14 @@ def test_bad_lines_are_named(line, problem, tmp_path):
 
 
 def test_broken_files_are_named(tmp_path):
-    """gzip cut short, JSON that is no list, parquet that is none."""
+    """The error for gzip cut short, broken JSON or broken parquet names the file."""
     for suffix in (".jsonl.gz", ".parquet", ".json"):
         path = write_as(suffix, tmp_path)
         path.write_bytes(path.read_bytes()[:-40])
         with pytest.raises(InputError, match=f"data{suffix}"):
             read(path)
-    path.write_text("{}")
-    with pytest.raises(InputError, match="expected one JSON list"):
+    path.write_text("{\n}")
+    with pytest.raises(InputError, match="data.json:1: .*expected one JSON object a line"):
         read(path)
 
 
@@ -408,6 +479,7 @@ def test_what_data_means(tmp_path):
     for name in ("b.jsonl", "a.parquet", ".c.jsonl", "notes.txt"):
         (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a.jsonl").mkdir()
     assert [p.name for p in data_files([tmp_path])] == ["a.parquet", "b.jsonl"]
     assert data_files([tmp_path / "b.jsonl", tmp_path])[0].name == "b.jsonl"
     for name, problem in (

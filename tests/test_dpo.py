@@ -18,6 +18,7 @@ from data import Documents, update_members
 from harm import FSYNC, REPLACE, assert_same_run, flip_byte, harmed, recipe
 from pairs import loaded, message, pair, their_logps, write
 from program.errors import InputError, RunError
+from program.flags import run_facts
 from tokens.records import encode_pair
 from tokens.tokenizer import Tokenizer
 from training.reference import answer_logps, reference_logps
@@ -57,6 +58,23 @@ def test_gradient_has_the_closed_form():
     torch.testing.assert_close(policy_rejected.grad, expected)
 
 
+def test_metrics_are_of_each_pair_and_a_tie_is_not_right():
+    """Three pairs, of the margins 2, 0 and -3: one ranking is right."""
+    policy_chosen, policy_rejected = torch.tensor([[-4.0, -6.0], [-5.0, -8.0], [-7.0, -2.0]]).T
+    chosen, rejected = torch.tensor([[1.0, -1.0], [2.0, 2.0], [-1.0, 2.0]]).T
+    loss = torch.tensor([0.5, 1.0, 4.0])
+    metrics = dpo.pair_metrics(loss, chosen, rejected, policy_chosen, policy_rejected)
+    assert {name: values.tolist() for name, values in metrics.items()} == {
+        "loss": [0.5, 1, 4],
+        "rewards/chosen": [1, 2, -1],
+        "rewards/rejected": [-1, 2, 2],
+        "rewards/margins": [2, 0, -3],
+        "rewards/accuracies": [True, False, False],
+        "logps/chosen": [-4, -5, -7],
+        "logps/rejected": [-6, -8, -2],
+    }
+
+
 # ---- Pairs
 
 
@@ -89,6 +107,13 @@ def test_only_the_last_answer_is_trained(base):
             },
             "different prompts",
         ),
+        (
+            {
+                "chosen": [message("system", "a"), message("assistant", "b")],
+                "rejected": [message("user", "a"), message("assistant", "b")],
+            },
+            "different prompts",
+        ),
     ],
 )
 def test_bad_pairs_are_named(record, problem, base, tmp_path):
@@ -97,6 +122,14 @@ def test_bad_pairs_are_named(record, problem, base, tmp_path):
     path = write(tmp_path / "pairs.jsonl", [good, good, record])
     with pytest.raises(InputError, match=rf"pairs.jsonl:3: .*{problem}"):
         Documents([path], base, 100, encode_pair, per_record=2)
+
+
+def test_prompts_that_differ_in_outer_white_space_are_one(base):
+    """The chat format strips every message, so the token ids of both prompts are the same."""
+    tokenizer = Tokenizer(base)
+    record = pair([message("user", "a b")], "c", "d")
+    odd = record | {"rejected": [message("user", "\n a b  "), message("assistant", "d")]}
+    assert encode_pair(odd, tokenizer) == encode_pair(record, tokenizer)
 
 
 def test_a_pair_without_a_trained_token_on_either_side_is_left_out_whole(base, tmp_path, capsys):
@@ -126,8 +159,9 @@ def test_a_wrong_reference_stops_the_first_update():
     dpo.check_first_loss(0, math.log(2) + 4e-2, dpo.DPOConfig(dtype="float32", beta=5.0))
     dpo.check_first_loss(0, math.log(2) + 1e-5, config)
     dpo.check_first_loss(5, 0.4, config)
-    with pytest.raises(RunError, match="first loss is 0.7000, expected ln 2"):
-        dpo.check_first_loss(0, 0.7, config)
+    for loss in (0.7, 0.68):  # above ln 2 and below
+        with pytest.raises(RunError, match=f"first loss is {loss:.4f}, expected ln 2"):
+            dpo.check_first_loss(0, loss, config)
 
 
 def test_a_batch_equals_trls(base, preferences, tmp_path):
@@ -168,30 +202,56 @@ def test_a_batch_equals_trls(base, preferences, tmp_path):
 # ---- The program
 
 
+DESIGN_DEFAULTS = {
+    "model": None, "data": None, "out": "runs/dpo", "epochs": 3, "batch_size": 32,
+    "max_seq_len": 8192, "lr": 5e-7, "warmup_ratio": 0.1, "weight_decay": 0, "beta1": 0.9,
+    "beta2": 0.95, "clip": 1.0, "beta": 0.1, "micro_tokens": 16384, "max_steps": 0,
+    "save_every": 0, "keep": 2, "seed": 42, "dtype": None, "recompute": None, "compile": None,
+}  # fmt: skip
+
+
+def test_defaults_are_tulu_2_dpos():
+    """Exactly the flags and defaults of the design's table."""
+    assert vars(dpo.DPOConfig()) == DESIGN_DEFAULTS
+
+
+def test_a_run_with_another_beta_is_another_run():
+    """beta changes the weights, so such a run is not continued."""
+    runs = [run_facts(dpo.DPOConfig(model="m", beta=beta)) for beta in (0.1, 0.2)]
+    assert runs[0] != runs[1]
+
+
 def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, preferences, tmp_path):
-    """Losses, rewards, margins, accuracies, gradient norms and final weights."""
+    """Every figure in the log and the final weights.
+
+    Under a clip as small as AdamW's eps, as in test_sft.py, and a decay that shows.
+    """
     flags = ["--model", base, "--data", preferences, "--out", tmp_path, "--batch-size", 5]
-    flags += ["--epochs", 2, "--max-steps", 3, "--lr", 1e-3, "--warmup-ratio", 0.1, "--clip", 0.5]
-    run_program(
-        "dpo.py", *flags, "--beta", 0.2, "--micro-tokens", 900, "--max-seq-len", 200, ranks=2
-    )
+    flags += ["--epochs", 2, "--max-steps", 3, "--lr", 0.1, "--warmup-ratio", 0.1, "--clip", 1e-6]
+    flags += ["--weight-decay", 1, "--beta", 0.2, "--micro-tokens", 900, "--max-seq-len", 200]
+    run_program("dpo.py", *flags, ranks=2)
 
     documents = Documents([preferences], base, 200, encode_pair, per_record=2)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     with torch.no_grad():
         reference = their_logps(model, documents, range(19))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=1)
     for step, record in enumerate(updates(tmp_path)):
-        _, pairs = update_members(19, 5, seed=42, step=step)
+        epoch, pairs = update_members(19, 5, seed=42, step=step)
         logps = their_logps(model, documents, pairs)
         chosen, rejected = (0.2 * (logps - reference[pairs])).T
         loss = torch.log1p(torch.exp(rejected - chosen)).mean()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-6)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 6, 1e-3, 0.1)
+            group["lr"] = learning_rate(step, 6, 0.1, 0.1)
         optimizer.step()
         optimizer.zero_grad()
+        assert (record["step"], record["epoch"]) == (step + 1, epoch + 1)
+        assert record["lr"] == learning_rate(step, 6, 0.1, 0.1)
+        both = documents.sequences(pairs)
+        assert record["tokens"] == sum(len(ids) for ids, _ in both)
+        assert record["trained_tokens"] == sum(int(trained.sum()) for _, trained in both)
         # Log-probabilities of some hundreds carry fp32 errors of 1e-4, which beta multiplies.
         for name, value in {
             "loss": loss,
@@ -210,8 +270,47 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, prefer
     assert updates(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     saved = load_file(tmp_path / "model.safetensors")
     for name, parameter in model.named_parameters():
-        # bf16 keeps 8 bits; where a gradient is rounding noise, Adam moves by part of the rate.
-        torch.testing.assert_close(saved[name].float(), parameter.data, rtol=2**-7, atol=4e-4)
+        # Rounding to bf16, which keeps 8 bits, and fp32's own: some 1e-8.
+        torch.testing.assert_close(saved[name].float(), parameter.data, rtol=2**-8, atol=1e-6)
+
+
+def test_fewer_pairs_than_a_batch_are_an_update_of_themselves(base, preferences, tmp_path):
+    """19 pairs in a batch of 32 or of 19: the same means, gradient norms and weights."""
+    flags = {"model": str(base), "data": [str(preferences)], "epochs": 2, "lr": 1e-3}
+    for name, batch_size in (("more", 32), ("exact", 19)):
+        dpo.main(flags | {"out": str(tmp_path / name), "batch_size": batch_size})
+    more, exact = updates(tmp_path / "more"), updates(tmp_path / "exact")
+    for a, b in zip(more, exact, strict=True):
+        timing = {"seconds", "tokens_per_second", "peak_memory_gib"}
+        assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - timing)
+    assert [record["step"] for record in more] == [1, 2]
+    saved = [load_file(tmp_path / name / "model.safetensors") for name in ("more", "exact")]
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_bf16_trains_as_fp32_does_on_one_rank_and_on_two(base, preferences, tmp_path):
+    """ln 2 first, then the same losses, rewards and log-probabilities but for bf16's rounding."""
+    found = {}
+    for dtype, ranks in (("float32", 1), ("bfloat16", 1), ("bfloat16", 2)):
+        out = tmp_path / f"{dtype}-{ranks}"
+        flags = {"model": str(base), "data": [str(preferences)], "out": str(out), "dtype": dtype}
+        flags |= {"batch_size": 6, "lr": 1e-3, "warmup_ratio": 0, "max_steps": 3}
+        assert harmed(flags | {"micro_tokens": 900}, ranks=ranks, program="dpo") == 0
+        found[out.name] = updates(out)
+    exact = found.pop("float32-1")
+    for records in found.values():
+        assert records[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        for side in ("chosen", "rejected"):
+            # A reference in fp32 would be off by 2e-2 in the mean; times beta, 2e-3.
+            assert records[0][f"rewards/{side}"] == pytest.approx(0, abs=5e-4)
+        for a, b in zip(exact, records, strict=True):
+            # bf16 rounds to within 2^-9; over the tokens of some answers most of it averages out.
+            for name in ("logps/chosen", "logps/rejected"):
+                assert a[name] != b[name] == pytest.approx(a[name], rel=2**-11), name
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=2**-6)
+            # beta times what is left in log-probabilities of some hundreds
+            for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+                assert b[name] == pytest.approx(a[name], abs=5e-3), name
 
 
 # ---- Runs that come to harm; sft.py's are in test_crash.py, and most code is the same
@@ -274,5 +373,7 @@ def test_a_pair_stays_in_one_row(flags, base):
         dpo.main(flags | {"micro_tokens": 300})
     enough = int(str(caught.value).split("at least ")[1].split(",")[0])
     documents = Documents(flags["data"], base, 8192, encode_pair, per_record=2)
-    assert enough == documents.lengths.sum(1).max()
+    lengths = documents.lengths.sum(1)
+    assert enough == max(lengths)
+    assert f"pairs.jsonl:{lengths.argmax() + 1} (id p{lengths.argmax()})" in str(caught.value)
     dpo.main(flags | {"micro_tokens": enough, "max_steps": 1})

@@ -1,8 +1,9 @@
-"""evaluate.py: what it writes, how it goes on, what it refuses; on the tiny model."""
+"""evaluate.py on the tiny model: what it writes, how it continues, what it refuses."""
 
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from functools import partial
@@ -12,9 +13,10 @@ import pytest
 
 import evaluate
 from decoding.generator import TextGenerator
-from evals.harness import Options, mean_and_error, sample, seed_of
+from evals.harness import Options, Records, mean_and_error, sample, seed_of
 from program.errors import InputError
 from program.flags import parse_args
+from program.ranks import start
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +37,7 @@ def flags(base, tmp_path):
 
 
 def written(flags):
-    """The scores and the records that were written."""
+    """The scores and the records that an evaluation wrote."""
     out = Path(flags["out"])
     lines = out.with_suffix(".jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -43,21 +45,21 @@ def written(flags):
 
 
 def test_scores_and_records(flags, capsys):
-    """A record for every prompt, scores from the records, a table."""
+    """Every prompt has a record; the scores follow from the records; a table is printed."""
     evaluate.main(flags)
     results, records = written(flags)
     assert [record["id"] for record in records] == [f"held_out_{k}" for k in range(70)]
     assert records[3]["prompt"] == "<s> <|user|>\nWhat is 3 plus 2?\n<|assistant|>\n"
-    found = results["tasks"]["demo"]
-    assert found["n"] == 70 and found["score"] == 100 * sum(r["right"] for r in records) / 70
-    assert set(found["kinds"]) == {"odd", "even"} and sum(found["finishes"].values()) == 70
+    demo = results["tasks"]["demo"]
+    assert demo["n"] == 70 and demo["score"] == 100 * sum(r["right"] for r in records) / 70
+    assert set(demo["kinds"]) == {"odd", "even"} and sum(demo["finishes"].values()) == 70
     assert {"model", "date", "config", "environment"} <= results.keys()
-    shown = capsys.readouterr().out.splitlines()
-    assert shown[0].split() == ["demo"] and shown[2].startswith(Path(flags["model"]).name)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split() == ["demo"] and printed[2].startswith(Path(flags["model"]).name)
 
 
-def test_an_interrupted_evaluation_goes_on(flags, monkeypatch):
-    """Only prompts without a record are asked; a half line is cut off; the scores are the same."""
+def test_an_interrupted_evaluation_continues(flags, monkeypatch):
+    """Only prompts without a record are asked; a half line is removed; the scores are the same."""
     evaluate.main(flags | {"out": flags["out"].replace("results", "whole")})
     asked, real = [], TextGenerator.generate
 
@@ -79,12 +81,12 @@ def test_an_interrupted_evaluation_goes_on(flags, monkeypatch):
     whole, others = written(flags | {"out": flags["out"].replace("results", "whole")})
     assert records == others
     assert {**results["tasks"]["demo"], "seconds": 0} == {**whole["tasks"]["demo"], "seconds": 0}
-    evaluate.main(flags)  # and once more: nothing left to ask
+    evaluate.main(flags)  # once more: nothing is left to ask
     assert asked == [64, 0, 6]
 
 
 def test_two_ranks_score_as_one(flags):
-    """The same records, each rank having made its share."""
+    """Two ranks, each with a share of the prompts, write the records of one process."""
     evaluate.main(flags)
     other = flags | {"out": flags["out"].replace("results", "two")}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -97,7 +99,7 @@ def test_two_ranks_score_as_one(flags):
 
 
 def test_one_evaluation_at_a_time(flags, monkeypatch):
-    """A second one with the same --out leaves before it loads the model."""
+    """A second one with the same --out is refused before it loads the model."""
     monkeypatch.setattr(evaluate, "hold", partial(evaluate.hold, patience=0))
 
     def meanwhile(*arguments):
@@ -111,14 +113,14 @@ def test_one_evaluation_at_a_time(flags, monkeypatch):
 
 
 def test_a_task_without_questions(flags):
-    """An empty file has no mean."""
+    """A file of blank lines is refused: it has no mean."""
     (Path(flags["data"]) / "demo" / "held_out.jsonl").write_text("\n")
-    with pytest.raises(InputError, match="demo: holds no questions"):
+    with pytest.raises(InputError, match="demo: found no questions"):
         evaluate.main(flags)
 
 
 def test_scores_are_not_written_over_a_folder(flags):
-    """Which would show only when the first task is done."""
+    """An --out that is a folder is refused at once, not when the first task is done."""
     Path(flags["out"]).mkdir(parents=True)
     with pytest.raises(InputError, match="results.json, expected a file"):
         evaluate.main(flags)
@@ -133,7 +135,7 @@ def test_scores_are_not_written_over_a_folder(flags):
     ],
 )
 def test_another_evaluation_is_not_mixed_in(flags, changes, expected, monkeypatch):
-    """Records of other settings are named before the model is loaded, and stay as they are."""
+    """Records of other settings are refused before the model is loaded, and stay as they are."""
     evaluate.main(flags)
     monkeypatch.delattr(TextGenerator, "from_folder")
     before = Path(flags["out"]).with_suffix(".jsonl").read_bytes()
@@ -147,7 +149,7 @@ def test_another_evaluation_is_not_mixed_in(flags, changes, expected, monkeypatc
     [
         ("--tasks gsm9k", "found gsm9k, expected some of mmlu"),
         ("--tasks demo demo", "a task twice"),
-        ("--tasks mmlu", "--data DIR is needed"),
+        ("--tasks mmlu", "found no --data DIR"),
         ("--tasks gsm8k --data nowhere", "nowhere/gsm8k/.*no such file"),
         ("--out results.txt", "ends in .json"),
         ("--mmlu-shots 6", "--mmlu-shots is 6"),
@@ -156,7 +158,7 @@ def test_another_evaluation_is_not_mixed_in(flags, changes, expected, monkeypatc
     ],
 )
 def test_bad_flags(base, arguments, expected, tmp_path, monkeypatch):
-    """Before the model is loaded, in one line that names the flag or the file."""
+    """The error names the flag or the file, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     arguments = ["--model", str(base), *arguments.split()]
     with pytest.raises(InputError, match=expected):
@@ -165,20 +167,54 @@ def test_bad_flags(base, arguments, expected, tmp_path, monkeypatch):
 
 
 def test_without_a_demo_model_it_says_how_to_make_one(tmp_path, monkeypatch):
+    """The error names the command that trains the demo's model."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no demo model, expected one made by `torchrun sft.py`"):
         evaluate.main({})
 
 
+def test_items_are_asked_in_lists_of_one_field(tmp_path):
+    """At most `per_rank` in each, in their order; with `together`, of one value of that field."""
+    start()
+    items = [{"id": str(k), "subject": "a" if k < 3 else "b"} for k in range(7)]
+    records = Records(
+        tmp_path / "lines.jsonl", [{"task": "t", "id": "6"}, {"task": "u", "id": "0"}]
+    )
+    records.task = "t"
+
+    def lists(**options):
+        return ["".join(item["id"] for item in own) for own in records.pending(items, **options)]
+
+    assert lists(per_rank=2, together="subject") == ["01", "2", "34", "5"]
+    assert lists(per_rank=2) == ["01", "23", "45"]
+    assert lists() == ["012345"]
+
+
+def test_the_table_sets_the_papers_scores_under_their_tasks():
+    """Of Tulu 2 7B 46.4 on TydiQA, 36.9 on HumanEval (the paper's table 1); none for others."""
+    scores = {"tydiqa": (20.0, 1.5), "demo": (30.0, None), "humaneval": (40.0, 2.0)}
+    scores["toxigen"] = (None, None)
+    tasks = {
+        name: {"metric": f"of {name}", "score": score, "stderr": error}
+        for name, (score, error) in scores.items()
+    }
+    rows = evaluate.table({"model": "runs/ours", "tasks": tasks}).splitlines()
+    rows = [re.split("  +", row.strip()) for row in rows]
+    assert rows[0] == list(tasks) and rows[1] == [f"of {name}" for name in tasks]
+    assert rows[2] == ["ours", "20.0 ± 1.5", "30.0", "40.0 ± 2.0", "see below"]
+    assert rows[3] == ["Tulu 2 7B", "46.4", "36.9", "7.0"]  # the demo's cell is empty
+    assert len(rows) == 3 + 6
+
+
 def test_mean_and_error():
-    """Of 3 right answers in 4: 75 %, and sqrt(p (1 - p) / (n - 1)) of it."""
+    """3 right answers of 4: mean 75 %, standard error sqrt(p (1 - p) / (n - 1))."""
     mean, error = mean_and_error([True, True, False, True])
     assert (mean, error) == (75.0, pytest.approx(100 * math.sqrt(0.75 * 0.25 / 3)))
     assert mean_and_error([0.5]) == (50.0, None)
 
 
 def test_samples_of_items():
-    """n of them in their order, by the seed; all with --full; a seed of an item is its own."""
+    """n items in their order, drawn by the seed; all with --full; every item has its own seed."""
     items = [{"id": f"item {k}"} for k in range(50)]
     drawn = sample(items, 7, Options())
     assert len(drawn) == 7 and drawn == sorted(drawn, key=items.index)

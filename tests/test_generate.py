@@ -1,4 +1,4 @@
-"""generate.py: files of prompts and the chat, as a user would, on the tiny model."""
+"""generate.py: files of prompts and the chat, run as a user runs them, on the tiny model."""
 
 import json
 import subprocess
@@ -45,21 +45,21 @@ def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def their_answer(base, messages, most):
+def their_answer(base, messages, max_new_tokens):
     """transformers' greedy answer to a conversation, or continuation of a text, as text."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     tokenizer = Tokenizer(base)
     text = isinstance(messages, str)
     ids = [1, *tokenizer.sp.encode(messages)] if text else tokenizer.prompt(messages)
     ids = torch.tensor([ids])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=most,
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
                          do_sample=False, eos_token_id=2, pad_token_id=0)  # fmt: skip
     answer = out[0, ids.shape[1] :].tolist()
     return tokenizer.continuation(answer[: answer.index(2)] if 2 in answer else answer)
 
 
 def test_every_line_is_answered_in_order(base, prompts):
-    """The same lines with transformers' greedy answers; nothing else stays in the folder."""
+    """The same lines with transformers' greedy answers; no other file stays in the folder."""
     generate.main(flags_for(base, prompts))
     answered = read(prompts.with_name("out.jsonl"))
     for line, record in zip(LINES, answered, strict=True):
@@ -68,21 +68,21 @@ def test_every_line_is_answered_in_order(base, prompts):
     assert {path.name for path in prompts.parent.iterdir()} == {"prompts.jsonl", "out.jsonl"}
 
 
-def test_an_interrupted_file_is_gone_on_with(base, prompts, monkeypatch):
-    """After a failure in the second chunk and half a line, only what is missing is made."""
+def test_an_interrupted_file_is_continued(base, prompts, monkeypatch):
+    """After a failure in the second chunk and half a line, only the missing answers are made."""
     flags = flags_for(base, prompts, slots=1, temperature=1.0)
     generate.main(flags | {"out": str(prompts.with_name("whole.jsonl"))})
     made, real = [], TextGenerator.generate
 
-    def fail(self, own, *more):
+    def fail(self, prompts, *more):
         if made:
             raise KeyboardInterrupt
-        made.append(len(own))
-        return real(self, own, *more)
+        made.append(len(prompts))
+        return real(self, prompts, *more)
 
-    def count(self, own, *more):
-        made.append(len(own))
-        return real(self, own, *more)
+    def count(self, prompts, *more):
+        made.append(len(prompts))
+        return real(self, prompts, *more)
 
     monkeypatch.setattr(TextGenerator, "generate", fail)
     with pytest.raises(KeyboardInterrupt):
@@ -97,11 +97,11 @@ def test_an_interrupted_file_is_gone_on_with(base, prompts, monkeypatch):
 
 
 def test_one_run_at_a_time(base, prompts, monkeypatch):
-    """A second run with the same --out waits a little and leaves; what the first wrote stays."""
+    """A second run with the same --out is refused; what the first wrote stays."""
     flags = flags_for(base, prompts)
     monkeypatch.setattr(generate, "hold", partial(generate.hold, patience=0))
 
-    def meanwhile(self, own, *more):
+    def meanwhile(self, prompts, *more):
         with pytest.raises(InputError, match="out.jsonl: another run is writing there"):
             generate.main(flags)
         raise KeyboardInterrupt
@@ -112,7 +112,7 @@ def test_one_run_at_a_time(base, prompts, monkeypatch):
 
 
 def test_the_run_waited_for_has_ended(base, prompts, monkeypatch):
-    """Its answers are there then, and are not made and written again."""
+    """A run that waited for another one finds its answers and does not write them again."""
     flags = flags_for(base, prompts)
     monkeypatch.setattr(generate, "hold", lambda file, out: out.write_text("whole"))
     with pytest.raises(InputError, match="out.jsonl: exists"):
@@ -120,8 +120,8 @@ def test_the_run_waited_for_has_ended(base, prompts, monkeypatch):
     assert prompts.with_name("out.jsonl").read_text() == "whole"
 
 
-def test_other_settings_begin_anew(base, prompts, monkeypatch):
-    """Answers to other lines or with another precision, context or seed are not gone on with."""
+def test_other_settings_start_again(base, prompts, monkeypatch):
+    """Answers to other lines, or of another precision, context or seed, are not continued."""
 
     def stop(self, *more):
         raise KeyboardInterrupt
@@ -134,11 +134,11 @@ def test_other_settings_begin_anew(base, prompts, monkeypatch):
                     {"prompts": str(other)}):  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
             generate.main(flags | changes)
-    assert len(list(prompts.parent.glob("out.jsonl.partial-*"))) == 5  # slots decide nothing
+    assert len(list(prompts.parent.glob("out.jsonl.partial-*"))) == 5  # --slots changes no answer
 
 
 def test_two_ranks_answer_as_one(base, prompts):
-    """Samples, too, do not depend on who makes them."""
+    """Two ranks write the same file as one process, samples included."""
     flags = flags_for(base, prompts, temperature=1.0, top_p=0.9)
     generate.main(flags | {"out": str(prompts.with_name("one.jsonl"))})
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -148,6 +148,41 @@ def test_two_ranks_answer_as_one(base, prompts):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert read(prompts.with_name("out.jsonl")) == read(prompts.with_name("one.jsonl"))
+
+
+def test_a_prompt_that_fills_the_context_is_refused(base):
+    """As no token could follow it; one token less leaves room for one."""
+    records = [{"prompt": "one two"}]
+    (ids,) = generate.encode_prompts(records, base, generate.GenerateConfig())
+    config = generate.GenerateConfig(prompts="p.jsonl", context=len(ids))
+    with pytest.raises(InputError, match=f"p.jsonl: .*has {len(ids)} tokens, expected fewer than"):
+        generate.encode_prompts(records, base, config)
+    config = generate.GenerateConfig(prompts="p.jsonl", context=len(ids) + 1)
+    assert generate.encode_prompts(records, base, config) == [ids]
+
+
+def test_a_system_message_stands_before_prompts_and_not_before_messages(base):
+    """--system belongs to a "prompt"; "messages" have their own, or none."""
+    user = {"role": "user", "content": "Hi"}
+    config, tokenizer = generate.GenerateConfig(system="Be brief."), Tokenizer(base)
+    asked = generate.encode_prompts([{"prompt": "Hi"}, {"messages": [user]}], base, config)
+    system = {"role": "system", "content": "Be brief."}
+    assert asked == [tokenizer.prompt([system, user]), tokenizer.prompt([user])]
+
+
+def test_without_a_demo_model_it_is_trained(tmp_path, monkeypatch):
+    """`python generate.py` alone: SFT of the demo runs once, and its model is used."""
+    monkeypatch.chdir(tmp_path)
+    trained = []
+
+    def train_sft():
+        trained.append(Path("runs/demo/sft"))
+        trained[0].mkdir(parents=True)
+        (trained[0] / "config.json").touch()
+
+    monkeypatch.setattr(generate, "train_sft", train_sft)
+    assert [generate.demo_model(), generate.demo_model()] == 2 * [Path("runs/demo/sft")]
+    assert len(trained) == 1
 
 
 def test_one_prompt_with_and_without_chat_format(base, capsys):
@@ -161,7 +196,7 @@ def test_one_prompt_with_and_without_chat_format(base, capsys):
 
 
 def test_chat(base, monkeypatch, capsys):
-    """What is asked with which turns before it: commands, Ctrl-C in an answer and at the prompt."""
+    """Which turns precede each question: after commands, Ctrl-C in an answer and at the prompt."""
     asked = []
 
     class Scripted:
@@ -207,8 +242,8 @@ def test_chat(base, monkeypatch, capsys):
     assert shown.out.count(generate.HELP) == 2 and next(lines) == "never"
 
 
-def test_a_chat_survives_bytes_that_are_no_text(base):
-    """A terminal in another encoding than UTF-8."""
+def test_invalid_utf8_does_not_end_a_chat(base):
+    """Input from a terminal whose encoding is not UTF-8 is answered, and the chat goes on."""
     command = [sys.executable, "generate.py", "--model", str(base), "--max-new-tokens", "3"]
     done = subprocess.run(command, cwd=ROOT, input=b"caf\xe9\n", capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -221,14 +256,14 @@ def test_a_chat_survives_bytes_that_are_no_text(base):
         ('{"prompt": 3}', "content is 3, expected a string"),
         ('{"text": "a"}', 'expected either "prompt" or "messages"'),
         ('{"messages": []}', "expected a list of messages"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "expected a user's message"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "found an assistant's message"),
         ('{"prompt": "a"', "not JSON"),
         ("[1]", "expected an object"),
         ('{"prompt": "' + "many words " * 2000 + '"}', "the model's context"),
     ],
 )
 def test_a_bad_line_is_named(base, prompts, line, expected, monkeypatch):
-    """Before the model is loaded; nothing is written."""
+    """A bad line is refused with file and line before the model is loaded; nothing is written."""
     monkeypatch.delattr(TextGenerator, "from_folder")
     with open(prompts, "a") as file:
         file.write("\n" + line + "\n")
@@ -245,10 +280,10 @@ def test_a_bad_line_is_named(base, prompts, line, expected, monkeypatch):
         ("--prompts x.jsonl", "go together"),
         ("--prompts x.jsonl --out y.jsonl", "expected a .jsonl file"),
         ("--prompts x.jsonl --out y.jsonl --prompt hi", "expected one of them"),
-        ("--no-chat", "found neither"),
+        ("--no-chat", "found neither of them"),
         ("--prompt caf\udce9", "'caf.udce9' among the flags, expected UTF-8"),
         ("--prompt a --system \udce9", "expected UTF-8"),
-        ("--no-chat --prompt a --system b", "--system"),
+        ("--no-chat --prompt a --system b", "found --no-chat with --system"),
         ("--prompt a --temperature -1", "--temperature is -1.0"),
         ("--prompt a --top-p 0", "--top-p is 0.0"),
         ("--prompt a --stop x --dtype int8", "--dtype is int8"),
@@ -257,7 +292,7 @@ def test_a_bad_line_is_named(base, prompts, line, expected, monkeypatch):
     ],
 )
 def test_bad_flags(arguments, expected, tmp_path, monkeypatch):
-    """One line that names the flag."""
+    """The error names the flag."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=expected):
         generate.main(parse_args(generate.GenerateConfig, arguments.split()))

@@ -227,7 +227,7 @@ def test_rows_outside_of_the_sample_are_checked(raw, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"inputs": "q", "targets": "0"}\n' * 20 + '{"inputs": "q"}\n')
     for seed in range(5):
-        with pytest.raises(InputError, match="line 21: no field 'targets'"):
+        with pytest.raises(InputError, match="rows.jsonl:21: no field 'targets'"):
             sample_of(path, 1, seed)
 
 
@@ -275,7 +275,7 @@ def test_output_is_whole_or_untouched(raw, tmp_path):
         run("--raw", raw, "--out", out, "--sources", "lima")
     with open(raw / "science_train.jsonl", "a") as file:
         file.write('{"input": "q"}\n')
-    with pytest.raises(InputError, match="science_train.jsonl: line 2: no field 'output'"):
+    with pytest.raises(InputError, match="science_train.jsonl:2: no field 'output'"):
         run("--raw", raw, "--out", out, "--sources", "lima", "science", "--overwrite")
     assert out.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["out.jsonl"]
@@ -310,7 +310,7 @@ def test_help_lists_the_sources():
         (("--raw", "RAW", "--out", "o.json", "--sources", "lima"), "expected a name that ends in"),
         (("--raw", "RAW", "--out", "no/o.jsonl", "--sources", "lima"), "no folder no"),
         (("--check", "nowhere.jsonl"), "nowhere.jsonl: No such file"),
-        (("--check", "RAW/train.jsonl"), "train.jsonl: line 1: no field 'dataset'"),
+        (("--check", "RAW/train.jsonl"), "train.jsonl:1: no field 'dataset'"),
     ],
 )
 def test_bad_flags(raw, tmp_path, flags, message):
@@ -362,7 +362,7 @@ def test_check_of_some_sources_and_of_parquet(tmp_path, capsys):
         run("--check", path, "--sources", "hard_coded", "lima")
     wrong = {**row, "dataset": "dolly"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, wrong]), path)
-    with pytest.raises(InputError, match="record 2: dataset 'dolly' is not one of the mixture's"):
+    with pytest.raises(InputError, match=":2: dataset 'dolly' is not one of the mixture's"):
         run("--check", path)
 
 

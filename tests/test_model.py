@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from checkpoint.config import config_from_dict, read_config
-from model import Llama, rotary_angles
+from model import Llama, RMSNorm, rotary_angles
 from program.errors import InputError
 
 TINY = {
@@ -170,6 +171,29 @@ def test_rotary_angles_equal_the_formula():
     torch.testing.assert_close(sin.double(), angles.sin(), rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rotary_angles_in_16_bits_are_made_in_fp32(dtype):
+    """Bit for bit transformers', at positions that 8 bits cannot hold (from 257 on), too."""
+    config = config_from_dict(TINY)
+    theirs = LlamaRotaryEmbedding(TheirConfig(**TINY))
+    positions = torch.arange(4096)
+    expected = theirs(torch.zeros(1, dtype=dtype), positions[None])
+    for ours, their in zip(rotary_angles(positions, config, dtype), expected, strict=True):
+        assert ours.dtype == dtype and torch.equal(ours[:, 0], their[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normalisation_rounds_where_transformers_does(dtype):
+    """Bit for bit: the mean and the root in fp32, rounded before the weight and after it."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(101, 37, generator=generator).to(dtype)
+    weight = (1 + 0.3 * torch.randn(37, generator=generator)).to(dtype)
+    ours, theirs = RMSNorm(37, 1e-5).to(dtype), LlamaRMSNorm(37, 1e-5).to(dtype)
+    for norm in (ours, theirs):
+        norm.load_state_dict({"weight": weight})
+    assert torch.equal(ours(x), theirs(x))
+
+
 def test_only_predicted_positions_reach_the_head():
     """The head's input has as many rows as `predict`; none of them is allowed, too."""
     model, _ = make_pair({})
@@ -269,6 +293,7 @@ def test_real_configs_are_accepted(name):
         ({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}, 1e6),
         ({"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": {}}, 1e6),
         ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"rope_theta": 1e6}, "rope_theta": 1e4}, 1e6),
         ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5),
         ({"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5),
         ({"rope_scaling": {"type": "default", "factor": 1.0}}, 10_000.0),
@@ -276,8 +301,26 @@ def test_real_configs_are_accepted(name):
     ids=str,
 )
 def test_every_spelling_of_rope_is_read(rope, theta):
-    """At the top level, in rope_parameters, absent, or null."""
+    """At the top level, in rope_parameters, absent, or null; of two, as transformers reads them."""
     assert config_from_dict(TINY | rope).rope_theta == theta
+    if "rope_scaling" not in rope and rope.get("rope_theta", 1):
+        assert TheirConfig(**TINY | rope).rope_parameters["rope_theta"] == theta
+
+
+def test_absent_fields_mean_what_they_mean_to_transformers():
+    """Of a config that has the sizes alone."""
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    values = {name: TINY[name] for name in (*needed, "model_type", "num_attention_heads")}
+    ours, theirs = config_from_dict(values), TheirConfig(**values)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    for name in (
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+    ):
+        assert getattr(ours, name) == getattr(theirs, name), name
 
 
 def test_configs_that_transformers_writes_are_read(tmp_path):

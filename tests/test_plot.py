@@ -1,8 +1,10 @@
 """plot.py on the log of a made-up run."""
 
 import json
+import math
 
 import matplotlib.image
+import matplotlib.pyplot as plt
 import pytest
 
 import plot
@@ -14,12 +16,32 @@ def write_log(path, updates):
     config = {"model": "/x/llama", "data": ["/x/chats.jsonl"], "batch_size": 8, "dtype": "float32"}
     environment = {"ranks": 2, "device": "H100", "torch": "2.13"}
     records = [{"event": "start", "config": config, "environment": environment}]
-    rewards = {"rewards/margins": 0.5, "rewards/accuracies": 0.75}
-    records += [
-        {"step": k + 1, "loss": 3 / (k + 1), "lr": 1e-3 * k, **rewards} for k in range(updates)
-    ]
+    for k in range(updates):
+        rewards = {"rewards/margins": 0.5 * k, "rewards/accuracies": 1 / (k + 2)}
+        records.append({"step": k + 1, "loss": 3 / (k + 1), "lr": 1e-3 * k, **rewards})
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": ')
     return records[0]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """`drawn(function, *arguments)`: the axes of the figure that the function draws and saves."""
+    figures = []
+    close = plt.close
+    monkeypatch.setattr(plot.plt, "close", figures.append)
+
+    def draw(function, *arguments):
+        function(*arguments)
+        return figures[-1].axes
+
+    yield draw
+    for figure in figures:
+        close(figure)
+
+
+def points(axis):
+    """The points of every line of an axis, each a list of (x, y)."""
+    return [list(zip(*line.get_data(), strict=True)) for line in axis.get_lines()]
 
 
 @pytest.mark.parametrize("draw", [plot.plot_sft, plot.plot_dpo])
@@ -32,10 +54,62 @@ def test_runs(tmp_path, updates, draw):
     assert image.std() > 0.01  # not one colour
 
 
+def test_every_update_of_sft_is_drawn(tmp_path, drawn):
+    """Loss and learning rate by update, under labels with their units and a title."""
+    start = write_log(tmp_path / "metrics.jsonl", 5)
+    loss, rate = drawn(plot.plot_sft, tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    assert points(loss) == [[(k + 1, 3 / (k + 1)) for k in range(5)]]
+    assert points(rate) == [[(k + 1, 1e-3 * k) for k in range(5)]]
+    assert loss.get_ylabel() == "loss, nats per trained token"
+    assert (rate.get_ylabel(), rate.get_xlabel()) == ("learning rate", "update")
+    assert loss.get_title() == plot.title(start, "conversations")
+
+
+def test_every_update_of_dpo_is_drawn(tmp_path, drawn):
+    """Loss beside ln 2, margin and accuracy, each in its own axis; all accuracies are in view."""
+    start = write_log(tmp_path / "metrics.jsonl", 5)
+    axes = drawn(plot.plot_dpo, tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    loss, margin, accuracy = axes
+    ln_2 = points(loss).pop()
+    assert {y for _, y in ln_2} == {math.log(2)}
+    assert points(loss)[:-1] == [[(k + 1, 3 / (k + 1)) for k in range(5)]]
+    assert points(margin) == [[(k + 1, 0.5 * k) for k in range(5)]]
+    assert points(accuracy) == [[(k + 1, 1 / (k + 2)) for k in range(5)]]
+    labels = ["loss, nats per pair", "reward margin, nats", "reward accuracy"]
+    assert [axis.get_ylabel() for axis in axes] == labels and accuracy.get_xlabel() == "update"
+    assert loss.get_title() == plot.title(start, "pairs")
+    low, high = accuracy.get_ylim()
+    assert low <= 0 and high >= 1
+
+
+def test_a_long_run_is_drawn_with_its_mean_over_a_hundredth(tmp_path, drawn):
+    """350 updates: behind every update the mean of it and the two before it, which the legend
+    says; from 199 updates down, a line alone."""
+    write_log(tmp_path / "metrics.jsonl", 350)
+    loss, _ = drawn(plot.plot_sft, tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    each, mean = points(loss)
+    assert each == [(k, 3 / k) for k in range(1, 351)]
+    expected = [(k, (3 / (k - 2) + 3 / (k - 1) + 3 / k) / 3) for k in range(3, 351)]
+    assert mean == [(k, pytest.approx(y, rel=1e-12)) for k, y in expected]
+    texts = [text.get_text() for text in loss.get_legend().get_texts()]
+    assert texts == ["each update", "mean of the last 3"]
+    write_log(tmp_path / "metrics.jsonl", 199)
+    loss, _ = drawn(plot.plot_sft, tmp_path / "metrics.jsonl", tmp_path / "run.png")
+    assert len(points(loss)) == 1
+
+
 def test_title_names_model_data_and_hardware(tmp_path):
     """By their last names: no path of the machine."""
     title = plot.title(write_log(tmp_path / "metrics.jsonl", 1), "pairs")
     assert "llama on chats.jsonl" in title and "2 x H100" in title and "/x" not in title
+
+
+def test_note_follows_the_title(tmp_path, drawn):
+    """What the log does not hold, such as the commit, is named when it is given."""
+    start = write_log(tmp_path / "metrics.jsonl", 3)
+    for draw, examples in ((plot.plot_sft, "conversations"), (plot.plot_dpo, "pairs")):
+        axes = drawn(draw, tmp_path / "metrics.jsonl", tmp_path / "run.png", "commit abc")
+        assert axes[0].get_title() == plot.title(start, examples) + ", commit abc"
 
 
 def test_other_files_are_refused(tmp_path):
@@ -49,22 +123,91 @@ def test_other_files_are_refused(tmp_path):
         plot.plot_dpo(tmp_path / "sft.jsonl", tmp_path / "dpo.png")
 
 
-def test_kernels(tmp_path):
-    """Rows and providers that were skipped leave gaps; a file with nothing measured is refused."""
+def test_kernels(tmp_path, drawn):
+    """Rates by row and times by tokens, in order, a line for each provider; rows and providers
+    that were skipped leave gaps, and so does the step from packed to dense rows, which nothing
+    joins; a file with nothing measured is refused."""
     shape = {"H": 4, "Hk": 2, "D": 16}
-    rates = {"ms": {}, "tflops": {"forward": 300.0, "backward": 200.0}}
+
+    def rates(forward):
+        return {"ms": {}, "tflops": {"forward": forward, "backward": forward - 100}}
+
     attention = [
-        shape | {"row": "packed 490", "provider": "ours"} | rates,
-        shape | {"row": "dense 512", "provider": "ours"} | rates,
+        shape | {"row": "packed 490", "provider": "ours"} | rates(300.0),
+        shape | {"row": "dense 1024", "provider": "ours"} | rates(400.0),
+        shape | {"row": "dense 512", "provider": "ours"} | rates(350.0),
         shape | {"row": "dense 512", "provider": "flex", "skipped": "needs a GPU"},
-        shape | {"row": "packed 490", "provider": "varlen"} | rates,
+        shape | {"row": "packed 490", "provider": "varlen"} | rates(250.0),
+        shape | {"row": "dense 512", "provider": "ours", "D": 32} | rates(999.0),
     ]
     losses = [{"N": n, "provider": "ours", "ms": 1.0 * n, "peak_mib": 9.0} for n in (64, 16)]
     facts = {"dtype": "torch.bfloat16", "commit": None, "device": "H100", "date": "2026-01-01T00"}
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps(facts | {"attention": attention, "cross_entropy": losses}))
-    plot.plot_kernels(path, tmp_path / "kernels.png")
+    forward, backward, time, memory = drawn(plot.plot_kernels, path, tmp_path / "kernels.png")
     assert matplotlib.image.imread(tmp_path / "kernels.png").std() > 0.01
-    path.write_text(json.dumps(facts | {"attention": attention[2:3], "cross_entropy": losses}))
+    names = ["packed 490", "", "dense 512", "dense 1024"]
+    for axis, less in ((forward, 0), (backward, 100)):
+        lines = {line.get_label(): line.get_data() for line in axis.get_lines()}
+        assert lines.keys() == {"ours", "varlen"}
+        assert list(lines["ours"][0]) == list(lines["varlen"][0]) == names
+        packed, gap, *dense = lines["ours"][1]
+        assert (packed, dense) == (300 - less, [350 - less, 400 - less]) and math.isnan(gap)
+        rate, *gaps = lines["varlen"][1]
+        assert rate == 250 - less and all(math.isnan(gap) for gap in gaps)
+    assert points(time) == [[("16", 16), ("64", 64)]]
+    assert points(memory) == [[("16", 9), ("64", 9)]]
+    titles = ["attention forward", "attention backward"]
+    titles += ["head and loss, forward and backward"] * 2
+    assert [axis.get_title() for axis in (forward, backward, time, memory)] == titles
+    labels = ["TFLOP/s", "TFLOP/s", "time, ms", "memory, MiB"]
+    assert [axis.get_ylabel() for axis in (forward, backward, time, memory)] == labels
+    assert "H 4, Hk 2, D 16" in forward.figure.get_suptitle()
+    path.write_text(json.dumps(facts | {"attention": attention[3:4], "cross_entropy": losses}))
     with pytest.raises(InputError, match="no figures of attention or of the loss"):
         plot.plot_kernels(path, tmp_path / "kernels.png")
+
+
+def bars(axis):
+    """(left, right, y, colour) of every bar of an axis that has a width."""
+    return [
+        (round(x0), round(x1), y, tuple(collection.get_facecolor()[0]))
+        for collection in axis.collections
+        for path in collection.get_paths()
+        for (x0, y0), (x1, y1) in [path.get_extents().get_points()]
+        for y in [round((y0 + y1) / 2)]
+        if x1 > x0
+    ]
+
+
+def test_packing_is_drawn_to_scale(tmp_path, drawn):
+    """Two packed rows against two padded batches, of 16 and of one: prompts, trained tokens and
+    padding end to end in each pass, no gap between them, and the counts in the titles."""
+    lengths = [7, *[5] * 15, 3]  # padded: 16 x 7 and 1 x 3
+    trained = [[[2, 4], [6, 7]], *[[[4, 5]]] * 15, [[0, 3]]]
+    content = {"lengths": lengths, "trained": trained, "rows": [list(range(16)), [16]]}
+    record = {"commit": "0123456789", "date": "2026-01-01T00", "data": "chats.jsonl"}
+    path = tmp_path / "packing.json"
+    path.write_text(json.dumps(record | content | {"row_tokens": 90}))
+    packed, padded = drawn(plot.plot_packing, path, tmp_path / "packing.png")
+    assert matplotlib.image.imread(tmp_path / "packing.png").std() > 0.01
+    for axis, passes in ((packed, {1: 82, 2: 3}), (padded, {1: 112, 2: 3})):
+        for y, tokens in passes.items():
+            spans = sorted((left, right) for left, right, at, _ in bars(axis) if at == y)
+            assert [0, *(right for _, right in spans)] == [*(left for left, _ in spans), tokens]
+    prompt, answer, padding = dict.fromkeys(colour for *_, colour in bars(padded))
+    first = [(left, right, colour) for left, right, y, colour in sorted(bars(padded)) if y == 1][:6]
+    assert first == [
+        (0, 2, prompt),
+        (2, 4, answer),
+        (4, 6, prompt),
+        (6, 7, answer),
+        (7, 11, prompt),
+        (11, 12, answer),
+    ]
+    assert sum(right - left for left, right, _, c in bars(padded) if c == padding) == 15 * 2
+    assert "2 forward passes, 85 tokens, 100%" in packed.get_title("left")
+    assert "2 forward passes, 115 tokens, 74%" in padded.get_title("left")
+    assert packed.get_shared_x_axes().joined(packed, padded)  # one scale
+    facts = packed.figure.get_suptitle()
+    assert "17 conversations of chats.jsonl" in facts and "commit 0123456" in facts

@@ -1,6 +1,6 @@
-"""The tokenizer files that make transformers, vLLM and the tokenizers package give our ids.
+"""The tokenizer files with which transformers, vLLM and the tokenizers package give our ids.
 
-Written beside every model that training saves; training itself never reads them.
+They are written beside every model that training saves; training itself never reads them.
 """
 
 import json
@@ -10,8 +10,8 @@ from pathlib import Path
 from program.errors import InputError
 from tokens.tokenizer import piece_scores, tokenizer_config
 
-# Rendered by transformers and vLLM. `{space}` is one space where the tokenizer is not `legacy`:
-# there a literal BOS takes away the "▁" that SentencePiece puts before the first word.
+# The chat format of tokenizer.py for transformers and vLLM. `{space}` is one space unless the
+# tokenizer is `legacy`: without it, a literal BOS removes the "▁" before the first word.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{space}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 def save_tokenizer(tokenizer, source, folder):
     """Write tokenizer.model, tokenizer.json, and tokenizer_config.json with the chat template.
 
-    source: the folder that `tokenizer` was read from. What it says of legacy and the like stays.
+    source: the folder that `tokenizer` was read from; other settings in its config are kept.
     """
     source, folder = Path(source), Path(folder)
     shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
@@ -38,7 +38,7 @@ def save_tokenizer(tokenizer, source, folder):
     }
     config = tokenizer_config(source) | special
     config |= {
-        # The class that keeps SentencePiece's ids; Code Llama's own would prepare infilling.
+        # This class keeps SentencePiece's ids; Code Llama's own adds tokens for infilling.
         "tokenizer_class": "LlamaTokenizer",
         "legacy": tokenizer.legacy,
         "add_bos_token": True,
@@ -55,7 +55,7 @@ def save_tokenizer(tokenizer, source, folder):
 
 
 def fast_tokenizer(tokenizer, path):
-    """The content of tokenizer.json: the base's, or made from tokenizer.model.
+    """The content of tokenizer.json: the base's, with its merges in order, or a new one.
 
     path: the base's, which may be absent; raises `InputError` where it is of another kind.
     """
@@ -68,22 +68,40 @@ def fast_tokenizer(tokenizer, path):
     ]
     merges = sorted(splits, key=lambda pair: merge_rank(pair, scores))
     if path.is_file():
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found = content["model"]["merges"]
-            found = [pair.split(" ") if isinstance(pair, str) else pair for pair in found]
-            # Only the scores have to be in order: Llama 2's own file ranks the splits of one piece
-            # otherwise than `merge_rank`, to no effect. transformers 5 ranks by id, to ill effect.
-            ranks = [merge_rank(pair, scores)[0] for pair in found]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: not a BPE tokenizer of Llama's kind ({error!r})") from None
-        if ranks != sorted(ranks) or len(found) != len(merges):
-            content["model"]["merges"] = merges
-        return content
+        return base_tokenizer_json(path, scores, merges)
+    return new_tokenizer_json(tokenizer, merges)
+
+
+def base_tokenizer_json(path, scores, merges):
+    """The base's tokenizer.json, with `merges` in place of its own where theirs are out of order.
+
+    Only the scores have to be in order. Llama 2's own file ranks the splits of one piece in another
+    order than `merge_rank`, which changes no id; transformers 5 ranks by id, which does.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        given = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
+        ranks = [merge_rank(pair, scores)[0] for pair in given]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a BPE tokenizer of Llama's kind ({error!r})") from None
+    if ranks != sorted(ranks) or len(given) != len(merges):
+        content["model"]["merges"] = merges
+    return content
+
+
+def new_tokenizer_json(tokenizer, merges):
+    """A tokenizer.json made from tokenizer.model: its pieces, and the steps of SentencePiece."""
     sp, bos = tokenizer.sp, tokenizer.sp.id_to_piece(tokenizer.bos_id)
-    bos_first = {"SpecialToken": {"id": bos, "type_id": 0}}
-    prefix = {"type": "Metaspace", "replacement": "▁", "split": False}
-    prefix["prepend_scheme"] = "always" if tokenizer.legacy else "first"
+    # Spaces become "▁". Under `legacy` every segment between special tokens gets one in front,
+    # otherwise only the first.
+    pre_tokenizer = {
+        "type": "Metaspace",
+        "replacement": "▁",
+        "split": False,
+        "prepend_scheme": "always" if tokenizer.legacy else "first",
+    }
+    first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     return {
         "version": "1.0",
         "added_tokens": [
@@ -92,16 +110,11 @@ def fast_tokenizer(tokenizer, path):
             for i in sorted({sp.unk_id(), tokenizer.bos_id, tokenizer.eos_id})
         ],
         "normalizer": None,
-        "pre_tokenizer": prefix,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [bos_first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                bos_first,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
+            "single": first,
+            "pair": first + second,
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         },
         "decoder": {
@@ -125,9 +138,9 @@ def fast_tokenizer(tokenizer, path):
 
 
 def merge_rank(pair, scores):
-    """Sort key of a merge: SentencePiece takes the pair whose piece has the best score.
+    """Sort key of a merge: SentencePiece merges the pair whose piece has the best score.
 
-    Runs of spaces tie; there it takes the leftmost pair, which makes the left part grow first.
+    Runs of spaces tie. SentencePiece then merges the leftmost pair, so the left part grows first.
     """
     left, right = pair
     return -scores.get(left + right, -float("inf")), -len(left), -len(right)

@@ -1,29 +1,29 @@
-"""Data files, record by record: `.jsonl`, `.jsonl.gz`, `.json` (a list), `.parquet`, and folders.
+"""Data files, record by record: `.jsonl`, `.jsonl.gz`, `.json`, `.parquet`, and folders of them.
 
-Memory holds a batch and a buffer, never the file. Lines are handed on as bytes and parsed by
-whoever encodes them (`parse`), so that reading a large file keeps every core busy. Every error
-names the file and the record.
+`records` is for whoever wants parsed records. The token cache takes `read_batches`, which leaves
+lines as bytes, so that its workers parse them (`parse`) and keep every core busy. Every error names
+the file and the record. Except for a `.json` list, memory holds a batch and never the whole file.
 """
 
-import codecs
 import contextlib
 import gzip
 import json
-import re
 import zlib
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from program.errors import InputError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 512
-CHUNK = 1 << 20  # bytes of a list or of parquet read at once
-LONGEST = 64 << 20  # characters; a record of a list that does not end by then counts as broken
-SPACE = re.compile(r"[ \t\r\n]*")
+BUFFER = 1 << 20  # bytes
 
 
 def data_files(paths):
-    """The files that `--data` means, folders opened (sorted by name); raises `InputError`."""
+    """The files that `--data` means; a folder stands for the data files in it, sorted by name.
+
+    Raises `InputError` for a path that is neither a data file nor a folder of some.
+    """
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -44,13 +44,24 @@ def is_data(path):
     return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
 
 
+def records(path):
+    """Yield `(number, record)`: each object of a file, with its line or its place, from 1.
+
+    Blank lines are counted and skipped. Raises `InputError`, with file and number, for bad data.
+    """
+    for first, batch, _ in read_batches(path):
+        for number, raw in enumerate(batch, first):
+            if (record := parse(raw, path, number)) is not None:
+                yield number, record
+
+
 def read_batches(path):
-    """Yield `(first, records, done)`: the number of the first record (line), the records of a batch
-    (bytes of lines, or parsed objects), and the share of the file read so far."""
+    """Yield `(first, batch, done)`: the number of the batch's first record, the records (lines as
+    bytes, or parsed values), and the share of the file that has been read."""
     if path.name.endswith(".parquet"):
         yield from read_parquet(path)
     elif path.name.endswith(".json"):
-        yield from read_json_list(path)
+        yield from read_json(path)
     else:
         yield from read_lines(path)
 
@@ -74,23 +85,20 @@ def read_lines(path):
             yield first, batch, 1.0
 
 
-def read_json_list(path):
-    size = max(path.stat().st_size, 1)
+def read_json(path):
+    """A list, held in memory as a whole, or lines, as in `.jsonl`."""
     with open(path, "rb") as file:
-        first, batch = 1, []
-        try:
-            for record in list_items(file):
-                batch.append(record)
-                if len(batch) == BATCH_RECORDS:
-                    yield first, batch, file.tell() / size
-                    first, batch = first + len(batch), []
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path}:{first + len(batch)}: {error}; expected one JSON list of records (one a "
-                "line would be .jsonl)"
-            ) from None
-        if batch:
-            yield first, batch, 1.0
+        beginning = file.read(BUFFER).removeprefix(BOM_UTF8).lstrip()
+    if not beginning.startswith(b"["):
+        yield from read_lines(path)
+        return
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}), expected a list of records") from None
+    for i in range(0, len(values), BATCH_RECORDS):
+        batch = values[i : i + BATCH_RECORDS]
+        yield i + 1, batch, (i + len(batch)) / len(values)
 
 
 def read_parquet(path):
@@ -101,8 +109,25 @@ def read_parquet(path):
             first += batch.num_rows
 
 
+@contextlib.contextmanager
+def parquet(path):
+    """The parquet file, opened to be read in small pieces."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        # `pre_buffer`, pyarrow's default, would hold a whole row group, and that may be the file:
+        # Open-Orca's needed 1 GB instead of 142 MiB.
+        with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as table:
+            yield table
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable parquet file ({error})") from None
+
+
 def parse(raw, path, number):
-    """The object of one record, bytes of a line or parsed already; None for a blank line."""
+    """The object of one record, given as a line's bytes or parsed; None for a blank line."""
     record = raw
     if isinstance(raw, bytes):
         try:
@@ -116,82 +141,10 @@ def parse(raw, path, number):
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from None
+            raise InputError(
+                f"{path}:{number}: not JSON ({error}), expected one JSON object a line"
+            ) from None
     if not isinstance(record, dict):
-        raise InputError(
-            f"{path}:{number}: found a JSON {type(record).__name__}, expected an object"
-        )
+        kind = type(record).__name__
+        raise InputError(f"{path}:{number}: found a JSON {kind}, expected an object")
     return record
-
-
-@contextlib.contextmanager
-def parquet(path):
-    """The parquet file, opened to be read in small pieces."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise InputError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        # `pre_buffer`, pyarrow's default, would hold a whole row group, and that may be the file:
-        # for one like Open-Orca's it took 1 GB instead of 142 MiB.
-        with pyarrow.parquet.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as table:
-            yield table
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable parquet file ({error})") from None
-
-
-def list_items(file, chunk: int = CHUNK):
-    """The objects of one top-level JSON list, parsed one by one out of a growing buffer.
-
-    Where an object does not parse, its end may only not have been read yet: the buffer grows, twice
-    as much every time so that the work stays linear, until it parses, or the file ends.
-    """
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    parse = json.JSONDecoder().raw_decode
-    text, at = "", 0
-
-    def more(size):
-        """Read on; False at the end of the file."""
-        nonlocal text, at
-        data = file.read(size)
-        text, at = text[at:] + decode(data, final=not data), 0
-        return bool(data)
-
-    def next_character():
-        """Skip white space; the character there, or "" at the end of the file."""
-        nonlocal at
-        while (at := SPACE.match(text, at).end()) == len(text):
-            if not more(chunk):
-                return ""
-        return text[at]
-
-    def expect(characters):
-        found = next_character()
-        if not found or found not in characters:
-            wanted = " or ".join(characters)
-            raise ValueError(f"expected {wanted}, found {found or 'the end of the file'}")
-        return found
-
-    expect("[")
-    at += 1
-    if next_character() == "]":
-        at += 1
-    else:
-        separator = ","
-        while separator == ",":
-            expect("{")
-            size = chunk
-            while True:
-                try:
-                    item, at = parse(text, at)
-                    break
-                except (ValueError, RecursionError):
-                    if len(text) - at > LONGEST or not more(size):
-                        raise
-                    size *= 2
-            yield item
-            separator = expect(",]")
-            at += 1
-    if next_character():
-        raise ValueError("more text after the end of the list")

@@ -1,21 +1,22 @@
 """The Tulu chat format: messages in, token ids and loss mask out.
 
-A conversation as text, and the part of it that is trained (^), byte by byte as Tulu 2 had it
-(open-instruct finetune.py; EasyLM data.py):
+A conversation as text, with ^ under what is trained, byte by byte as in Tulu 2 (open-instruct
+finetune.py; EasyLM data.py):
 
-    <s> <|user|>⏎ What is 2+2? ⏎ <|assistant|>⏎ 4 </s> ⏎ <|user|>⏎ …
-                                                ^ ^^^^
+    <s> <|user|>⏎What is 2+2?⏎<|assistant|>⏎4</s>⏎<|user|>⏎…
+                                            ^^^^^
 
-`<s>` and `</s>` are put in as ids; role tags are plain text. Training, data.py and generation go
-through `Tokenizer`; `save_tokenizer` writes the files that make transformers and vLLM do the same.
+`<s>` and `</s>` are put in as ids; role tags are plain text. For another chat format, change
+`Tokenizer._encode` here, for our programs, and `CHAT_TEMPLATE` in for_transformers.py, for
+transformers and vLLM: tests/tokens/test_tokenizer.py checks that both give the same ids.
 """
 
-import json
 from pathlib import Path
 
 import sentencepiece
 
 from program.errors import InputError
+from program.files import read_object
 
 ROLES = ("system", "user", "assistant")
 
@@ -24,7 +25,7 @@ class Tokenizer:
     """Llama's SentencePiece model with the Tulu chat format around it.
 
     `folder` holds `tokenizer.model` and, if there is one, `tokenizer_config.json`, whose `legacy`
-    decides whether "▁" follows EOS. Raises `InputError` for any other kind of tokenizer.
+    decides whether "▁" follows EOS. Raises `InputError` for a tokenizer of another kind.
     """
 
     def __init__(self, folder):
@@ -42,19 +43,19 @@ class Tokenizer:
         self.check_like_llama()
 
     def check_like_llama(self):
-        """Raise where the model lacks a property that `encode` relies on."""
+        """Raise `InputError` where the model lacks a property that `encode` relies on."""
         space, sample = self.sp.piece_to_id("▁"), "  ａ ﬁ\t\r  é "
         scores = piece_scores(self.sp)
-        for problem, found in (
+        for problem, present in (
             ("has no BOS or no EOS", min(self.bos_id, self.eos_id) < 0),
             ("has no byte fallback", not self.sp.is_byte(self.line_feed)),
-            ("has pieces with a line feed in them", any("\n" in piece for piece in scores)),
+            ("has pieces that contain a line feed", any("\n" in piece for piece in scores)),
             # BPE scores a piece by the number of its merge, a unigram model by a log-probability.
             ("is not BPE", any(score % 1 for score in scores.values())),
             ("does not begin a text with '▁'", self.sp.encode("\n") != [space, self.line_feed]),
             ("normalises its input", self.sp.decode(self.sp.encode(sample)) != sample),
         ):
-            if found:
+            if present:
                 raise InputError(
                     f"{self.path}: {problem}, expected a model like Llama's "
                     "(BPE, byte fallback, identity normalisation, dummy prefix)"
@@ -69,9 +70,17 @@ class Tokenizer:
             )
 
     def encode(self, messages):
-        """A conversation's `(ids, trained)`: list of int, and list of bool of the same length.
+        """`(ids, trained)` of a conversation: lists of int and of bool, of the same length.
 
-        Trained are the content and the EOS of every assistant message.
+        The content and the EOS of every assistant message are trained. A user's "Hi" and an
+        assistant's "Hello!", with Llama 2's tokenizer (⏎ is the byte piece <0x0A>):
+
+            <s>  ▁<     |  user      |      >   ⏎     Hi   ⏎
+              1  529  29989  1792  29989  29958  13  18567  13
+              .    .      .     .      .      .   .      .   .
+              <      |  ass  istant      |      >   ⏎  Hello      !  </s>
+          29966  29989  465   22137  29989  29958  13  10994  29991     2
+              .      .    .       .      .      .   .      ^      ^     ^
         """
         return self._encode(messages, answer=False)
 
@@ -83,24 +92,24 @@ class Tokenizer:
         return self._encode(messages, answer=True, prefill=prefill)[0]
 
     def raw(self, text):
-        """Token ids of BOS and a text that is to be continued as it stands, without chat format."""
+        """Token ids of BOS and a text to be continued as it is, without the chat format."""
         return [self.bos_id, *self.sp.encode(text)]
 
     def decode(self, ids):
-        """Text of generated ids; BOS, EOS and ids without a piece leave no trace."""
+        """Text of generated ids; BOS, EOS and ids without a piece are left out."""
         return self.sp.decode(self.with_piece(ids))
 
     def continuation(self, ids):
-        """Text of ids that go on from others: a space before its first word stays."""
+        """Text of ids that follow others: a space before the first word is kept."""
         # SentencePiece drops it at the beginning of a text, so the text begins with a line feed.
         return self.sp.decode([self.line_feed, *self.with_piece(ids)])[1:]
 
     def with_piece(self, ids):
-        """The ids that are the tokenizer's: a model may have more rows (padding) and choose one."""
+        """The ids that have a piece: a model with a padded vocabulary may generate others."""
         return [i for i in ids if i < self.vocab_size]
 
     def visible(self, ids):
-        """Text of any ids for a person to look at, BOS and EOS written out."""
+        """Text of any ids for a person to read, with BOS and EOS written out."""
         text = b""
         for i in self.with_piece(ids):
             piece = self.sp.id_to_piece(i)
@@ -110,58 +119,54 @@ class Tokenizer:
 
     def _encode(self, messages, answer, prefill=""):
         ids, trained = [self.bos_id], [False]
-        text = ""  # since the last EOS: what lies between two special tokens is encoded as a whole
+
+        def add(piece_ids, mark):
+            ids.extend(piece_ids)
+            trained.extend([mark] * len(piece_ids))
+
+        text = ""  # since the last special token: what lies between two is encoded as a whole
         for message in messages:
             text += f"<|{message['role']}|>\n"
             content = message["content"].strip()
             if message["role"] == "assistant":
                 piece_ids = self._encode_segment(text + content, first=len(ids) == 1)
-                untrained = after_lines(piece_ids, text.count("\n"), self.line_feed)
-                ids += [*piece_ids, self.eos_id]
-                trained += [False] * untrained + [True] * (len(piece_ids) - untrained + 1)
+                n = length_of_lines(piece_ids, text.count("\n"), self.line_feed)
+                add(piece_ids[:n], False)
+                add(piece_ids[n:], True)
+                add([self.eos_id], True)
                 text = "\n"
             else:
                 text += content + "\n"
         if answer:
             text += "<|assistant|>\n" + prefill
-        if text not in ("", "\n"):  # after the last EOS stands nothing
-            piece_ids = self._encode_segment(text, first=len(ids) == 1)
-            ids += piece_ids
-            trained += [False] * len(piece_ids)
+        if text not in ("", "\n"):  # nothing follows the last EOS
+            add(self._encode_segment(text, first=len(ids) == 1), False)
         return ids, trained
 
     def _encode_segment(self, text, first):
         # SentencePiece begins every text with "▁". transformers keeps it after BOS, and after EOS
         # only where the checkpoint says `legacy`. Every later segment begins with a line feed,
-        # which never merges, so that the "▁" before it is a token of its own.
+        # which never merges, so the "▁" before it is a token of its own.
         piece_ids = self.sp.encode(text)
         return piece_ids if first or self.legacy else piece_ids[1:]
 
 
-def after_lines(ids, lines, line_feed):
-    """Index after the `lines`-th line feed.
+def length_of_lines(ids, lines, line_feed):
+    """The number of ids that the first `lines` lines of an encoded text take.
 
-    No piece contains a line feed, so counting them finds the end of a prefix without encoding it
-    a second time (and encoding it alone would put a "▁" where there is none).
+    No piece contains a line feed, so counting line feeds finds where a prefix of the text ends.
+    Encoding the prefix would take time, and encoding the rest alone would put a "▁" before it.
     """
-    position = -1
+    end = 0
     for _ in range(lines):
-        position = ids.index(line_feed, position + 1)
-    return position + 1
+        end = ids.index(line_feed, end) + 1
+    return end
 
 
 def tokenizer_config(folder):
     """`tokenizer_config.json` as a dict; empty where there is none."""
     path = Path(folder) / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path}: found a JSON {type(config).__name__}, expected an object")
-    return config
+    return read_object(path) if path.is_file() else {}
 
 
 def piece_scores(sp):
@@ -171,5 +176,3 @@ def piece_scores(sp):
         for i in range(sp.vocab_size())
         if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))
     }
-
-

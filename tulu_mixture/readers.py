@@ -1,46 +1,70 @@
-"""Finds data files and yields their records, one at a time, each with its place for messages.
+"""The mixture's raw files: finds them, and yields their records, each with its place for messages.
 
-What readers.py reads, one record at a time, and CSV with a header. Memory holds a record and a
-buffer, never the file. A leaf of `mixture.py`.
+Reads what tokens/readers.py reads, and CSV with a header. `.json` lists are streamed here, since
+ShareGPT's are large: memory holds a batch of records or a buffer, never the file. Called by
+mixture.py.
 """
 
 import codecs
 import contextlib
 import csv
-import gzip
 import io
 import itertools
 import json
-import zlib
+import re
 from pathlib import Path
 
 from program.errors import InputError
-from tokens.readers import list_items, parquet
+from tokens import readers
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
-BLANK = object()  # stands for an empty line, which has a number but no record
-UNREADABLE = (ValueError, RecursionError, EOFError, zlib.error, gzip.BadGzipFile, csv.Error)
-BOM = codecs.BOM_UTF8  # some editors put it at the beginning of a file
+ENDINGS = (*readers.SUFFIXES, ".csv")
+SPACE = re.compile(r"[ \t\r\n]*")
+CHUNK = 1 << 20  # bytes of a list read at once
+LONGEST = 64 << 20  # characters; a record of a list that does not end by then counts as broken
 
 
 def records(path):
-    """Yield (place, record) for every record; `InputError`, with its place, where one is broken."""
-    unit = "line" if path.name.endswith((".jsonl", ".jsonl.gz")) else "record"
+    """Yield `(place, record)` for every record; its place is `path:number`, numbered from 1.
+
+    In a .jsonl the number is that of the line. Raises `InputError`, with the place, for a broken
+    record.
+    """
+    if path.name.endswith(".json"):
+        numbered = streamed(path, list_items)
+    elif path.name.endswith(".csv"):
+        numbered = streamed(path, csv_rows)
+    elif path.name.endswith(ENDINGS):
+        numbered = readers.records(path)
+    else:
+        raise InputError(f"{path}: expected a file name that ends in {', '.join(ENDINGS)}")
+    for number, record in numbered:
+        yield f"{path}:{number}", record
+
+
+def count(path) -> int:
+    """The number of records in a file."""
+    if path.name.endswith(".parquet"):
+        with readers.parquet(path) as table:
+            return table.metadata.num_rows
+    return sum(1 for _ in records(path))
+
+
+def streamed(path, read):
+    """Yield `(number, record)` for every record that `read` makes of the open file."""
     number = 0
-    try:
-        for number, record in enumerate(items(path), 1):
-            if record is not BLANK:
-                yield f"{path}: {unit} {number}", record
-    except InputError:
-        raise
-    except UNREADABLE as error:
-        raise InputError(f"{path}: {unit} {number + 1}: {reason(error)}") from None
+    with open(path, "rb") as file:
+        try:
+            for number, record in enumerate(read(file), 1):
+                yield number, record
+        except (ValueError, RecursionError, csv.Error) as error:
+            raise InputError(f"{path}:{number + 1}: {reason(error)}") from None
 
 
 def reason(error) -> str:
+    """An error's text without positions, which would be those in a buffer."""
     if isinstance(error, json.JSONDecodeError):
         near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-        return f"broken JSON: {error.msg}, near {near!r}"
+        return f"not JSON: {error.msg}, near {near!r}"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: {error.reason} (byte {error.object[error.start]:#04x})"
     if isinstance(error, RecursionError):
@@ -48,41 +72,77 @@ def reason(error) -> str:
     return str(error)
 
 
-def count(path) -> int:
-    """How many records the file has."""
-    if path.name.endswith(".parquet"):
-        with parquet(path) as table:
-            return table.metadata.num_rows
-    return sum(1 for _ in records(path))
+def csv_rows(file):
+    """The rows of a CSV with a header, as dicts; `ValueError` for one of another length."""
+    rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
+    for row in rows:
+        if None in row or None in row.values():
+            raise ValueError(f"found a row of other length than the header {rows.fieldnames}")
+        yield row
 
 
-def items(path):
-    """The records of a file, by its ending."""
-    if path.name.endswith(".parquet"):
-        with parquet(path) as table:
-            for batch in table.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-        return
-    with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            for line in file:
-                yield json.loads(line.removeprefix(BOM).decode()) if line.strip() else BLANK
-        elif path.name.endswith(".json"):
-            yield from list_items(file)
-        elif path.name.endswith(".csv"):
-            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
-            for row in rows:
-                if None in row or None in row.values():
-                    raise ValueError(f"a row of other length than the header {rows.fieldnames}")
-                yield row
-        else:
-            raise InputError(f"{path}: expected a file name that ends in {', '.join(ENDINGS)}")
+def list_items(file, chunk: int = CHUNK):
+    """The objects of one top-level JSON list, parsed one by one out of a growing buffer.
+
+    An object that does not parse may only not have been read to its end. So the buffer grows until
+    it parses or the file ends, by twice as much each time, so that the work stays linear.
+    """
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    parse = json.JSONDecoder().raw_decode
+    text, at = "", 0
+
+    def more(size):
+        """Read on; False at the end of the file."""
+        nonlocal text, at
+        data = file.read(size)
+        text, at = text[at:] + decode(data, final=not data), 0
+        return bool(data)
+
+    def next_character():
+        """Skip white space; the character there, or "" at the end of the file."""
+        nonlocal at
+        while (at := SPACE.match(text, at).end()) == len(text):
+            if not more(chunk):
+                return ""
+        return text[at]
+
+    def expect(characters):
+        """The next character, which must be one of these."""
+        character = next_character()
+        if not character or character not in characters:
+            expected = " or ".join(characters)
+            raise ValueError(f"expected {expected}, found {character or 'the end of the file'}")
+        return character
+
+    expect("[")
+    at += 1
+    if next_character() == "]":
+        at += 1
+    else:
+        separator = ","
+        while separator == ",":
+            expect("{")
+            size = chunk
+            while True:
+                try:
+                    item, at = parse(text, at)
+                    break
+                except (ValueError, RecursionError):
+                    if len(text) - at > LONGEST or not more(size):
+                        raise
+                    size *= 2
+            yield item
+            separator = expect(",]")
+            at += 1
+    if next_character():
+        raise ValueError("more text after the end of the list")
 
 
 def find_files(raw: Path, chosen) -> dict[str, list[Path]]:
-    """The raw files of every source, by its name: in the folder `raw`, or in one for it in there.
+    """The raw files of every source, by the source's name.
 
-    A file may have another of `ENDINGS` than the published one: unpacked or converted.
+    They are in the folder `raw`, or in a subfolder with the source's name. A file may end in
+    another of `ENDINGS` than the published one: unpacked or converted.
     """
     if not raw.is_dir():
         raise InputError(f"--raw {raw}: no such folder")
@@ -93,11 +153,11 @@ def find_files(raw: Path, chosen) -> dict[str, list[Path]]:
             stem = name[: -len(next(ending for ending in ENDINGS if name.endswith(ending)))]
             names = dict.fromkeys([name, *(stem + ending for ending in ENDINGS)])
             places = [raw / source.name / name for name in names] + [raw / name for name in names]
-            found = [path for path in places if path.is_file()]
-            if len(found) > 1:
-                raise InputError(f"{found[0]} and {found[1]}: expected one of them")
-            if found:
-                paths[source.name] += found
+            present = [path for path in places if path.is_file()]
+            if len(present) > 1:
+                raise InputError(f"{present[0]} and {present[1]}: expected one of them")
+            if present:
+                paths[source.name] += present
             else:
                 text = f"{name} of {source.name} (published at {source.where})"
                 missing.setdefault(source.name, []).append(text)
@@ -109,12 +169,12 @@ def find_files(raw: Path, chosen) -> dict[str, list[Path]]:
 
 
 def without(rest) -> str:
-    """How to go on with the rest of the sources."""
+    """A hint for the message: how to build the other sources."""
     return f"; to go on without: --sources {' '.join(rest)}" if rest else ""
 
 
 def files_in(paths) -> list[Path]:
-    """The files themselves, and of a folder all those that can be read."""
+    """The files among the paths, and all readable files of each folder among them."""
     files = []
     for path in paths:
         inside = sorted(file for file in path.glob("*") if file.name.endswith(ENDINGS))
@@ -126,7 +186,7 @@ def files_in(paths) -> list[Path]:
 
 @contextlib.contextmanager
 def located(place: str):
-    """Put the place in front of an `InputError` about a record."""
+    """Put the record's place in front of an `InputError`."""
     try:
         yield
     except InputError as error:

@@ -156,9 +156,10 @@ def test_missing_model_folder(refused, model):
     assert "no such folder" in refused(model=str(model / "config.json"))
 
 
-def test_weights_that_are_not_finite(base, conversations, model, tmp_path):
-    """NaN in the weights stops the run before anything but the empty folder is there."""
-    change_tensors(lambda t: t[NORM].fill_(float("nan")))(model)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite(base, conversations, model, tmp_path, value):
+    """One NaN or infinity stops the run before anything but the empty folder is there."""
+    change_tensors(lambda t: t[NORM][5:6].fill_(float(value)))(model)
     out = tmp_path / "out"
     flags = {"model": str(model), "data": [str(conversations)], "out": str(out)}
     with pytest.raises(InputError, match=f"model.safetensors: {NORM} holds values that are not"):

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 import harm
 import sft
@@ -142,6 +144,30 @@ def test_stopped_by_signals(flags, uninterrupted, tmp_path):
     assert "Traceback" not in log.read_text() and "error" not in log.read_text()
     assert harmed(flags) == 0
     assert_same_run(flags["out"], uninterrupted)
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_update(flags, tmp_path):
+    """Rank 1 alone gets a SIGTERM in update 3: both save it and stop there, with one message."""
+    log = tmp_path / "log"
+    plan = [("sft", "plan_rows")]  # once an update, on every rank
+    assert harmed(flags, signal.SIGTERM, 3, plan, log, ranks=2, struck=1) == 128 + signal.SIGTERM
+    assert log.read_text().count("stopped by a signal after update 3; the same command") == 1
+    assert steps(flags["out"]) == [1, 2, 3]
+    assert [place.name for place in saved_runs(flags["out"])] == ["step-000003"]
+
+
+def test_a_stopped_run_in_bf16_goes_on_bit_for_bit(flags, tmp_path):
+    """What a run that computes in bf16 keeps is fp32, weights and moments, and nothing is lost."""
+    flags |= {"dtype": "bfloat16", "max_steps": 4}
+    whole = flags | {"out": str(tmp_path / "whole")}
+    assert harmed(whole) == 0
+    assert harmed(flags, signal.SIGTERM, 1, [LOG]) == 128 + signal.SIGTERM
+    saved = dcp.FileSystemReader(saved_runs(flags["out"])[0]).read_metadata().state_dict_metadata
+    tensors = {name: entry for name, entry in saved.items() if hasattr(entry, "properties")}
+    assert sum(name.startswith("optimizer.") for name in tensors) > 2 * 20  # moments and steps
+    assert {entry.properties.dtype for entry in tensors.values()} == {torch.float32}
+    assert harmed(flags) == 0
+    assert_same_run(flags["out"], whole["out"], last=4)
 
 
 def test_interrupted_before_the_first_update(flags, tmp_path):

@@ -82,6 +82,20 @@ def test_damaged_newest_is_not_kept_for_a_good_one(flags, killed, tmp_path):
     assert [place.name for place in saved_runs(flags["out"])] == ["step-000005"]
 
 
+def test_a_damaged_checkpoint_is_replaced_when_its_update_is_saved_again(
+    flags, killed, uninterrupted, tmp_path
+):
+    """The run that goes on from 4 beside a damaged 6 saves a whole 6, and the next one uses it."""
+    shutil.copytree(killed, flags["out"])
+    flip_byte(Path(flags["out"]) / "checkpoints" / "step-000006" / "__0_0.distcp")
+    # Killed in update 7, with the save at 6 done.
+    assert harmed(flags | {"save_every": 2}, signal.SIGKILL, 3, [LOG]) == -signal.SIGKILL
+    log = tmp_path / "log"
+    assert harmed(flags, log=log) == 0
+    assert "continued after 6" in log.read_text() and "is damaged" not in log.read_text()
+    assert_same_run(flags["out"], uninterrupted)
+
+
 def test_no_whole_checkpoint_left(flags, killed, uninterrupted, tmp_path):
     """All checkpoints are damaged: the run says so and starts again from the model."""
     shutil.copytree(killed, flags["out"])

@@ -1,15 +1,20 @@
 """Hugging Face folders in and out. (What a kill or a full disk leaves: test_crash.py.)"""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from checkpoint import resume
 from checkpoint import weights as checkpoint
 from checkpoint.config import read_config
+from harm import harmed, recipe
 from model import Llama
+from program import files
 from program.ranks import start
 from tokens.tokenizer import Tokenizer
 from training.parallel import shard
@@ -49,12 +54,75 @@ def test_what_is_written_gives_the_same_logits_and_ids_in_transformers(base, tmp
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_bf16_weights_survive_a_round_trip_bit_for_bit(base, tmp_path):
-    """Reading what we wrote and writing it again gives the same file."""
-    for k, source in enumerate((base, tmp_path / "0", tmp_path / "1")):
-        checkpoint.save_hf(sharded(source), Tokenizer(base), source, tmp_path / str(k))
-    first, second = (tmp_path / str(k) / "model.safetensors" for k in (1, 2))
-    assert first.read_bytes() == second.read_bytes()
+def rounded(folder):
+    """The weights of a folder as torch rounds them to bf16: to the nearest, ties to even."""
+    weights = load_file(folder / "model.safetensors")
+    return {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+
+
+def assert_bits(folder, expected):
+    """The folder's file holds exactly these tensors in bf16, bit for bit."""
+    written = load_file(folder / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, weight in written.items():
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected[name]), name
+
+
+def test_weights_are_rounded_to_bf16_once_and_then_survive_bit_for_bit(base, tmp_path):
+    """The file holds w.to(bfloat16) of every fp32 weight; read and written again, the same."""
+    checkpoint.save_hf(sharded(base), Tokenizer(base), base, tmp_path / "one")
+    assert_bits(tmp_path / "one", rounded(base))
+    checkpoint.save_hf(sharded(tmp_path / "one"), Tokenizer(base), base, tmp_path / "two")
+    assert_bits(tmp_path / "two", rounded(base))
+
+
+def test_two_ranks_write_the_same_weights_as_one(base, conversations, tmp_path):
+    """w.to(bfloat16) again, after one update at a rate of 0 (the first of the warm-up)."""
+    assert harmed(recipe(base, conversations, tmp_path) | {"max_steps": 1}, ranks=2) == 0
+    assert_bits(tmp_path, rounded(base))
+
+
+def test_what_an_older_or_newer_config_says_of_its_type_is_replaced(base, tmp_path):
+    """Base and result may differ in dtype and in the code they need; all else is carried over."""
+    source = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    foreign = {"dtype": "float32", "_name_or_path": "elsewhere", "auto_map": {"AutoModel": "x.Y"}}
+    (source / "config.json").write_text(json.dumps(config | foreign | {"use_cache": False}))
+    checkpoint.save_hf(sharded(source), Tokenizer(base), source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == config | {"torch_dtype": "bfloat16", "use_cache": True}
+
+
+def test_tensors_begin_at_a_multiple_of_8_bytes(tmp_path):
+    """For readers that map the file: whatever the length of the header (here, of a name in it)."""
+    lengths = set()
+    for k in range(8):
+        name, blocks = "w" * (k + 1), iter([torch.ones(1, 3, dtype=torch.bfloat16)])
+        checkpoint.write_tensors({name: (1, 3)}, blocks, tmp_path)
+        content = (tmp_path / "model.safetensors").read_bytes()
+        lengths.add(int.from_bytes(content[:8], "little"))
+        assert torch.equal(
+            load_file(tmp_path / "model.safetensors")[name].float(), torch.ones(1, 3)
+        )
+    assert all(length % 8 == 0 for length in lengths)
+
+
+def test_a_digest_is_of_the_whole_file(tmp_path):
+    """Also of one that is read in several pieces."""
+    content = bytes(range(256)) * (9 << 12)  # 9 MiB
+    (tmp_path / "file").write_bytes(content)
+    expected = [len(content), hashlib.sha256(content).hexdigest()]
+    assert files.digest(tmp_path / "file") == expected
+
+
+def test_checkpoints_are_sorted_by_their_update(tmp_path):
+    """Newest first, also where the number outgrows its six digits."""
+    steps = [7, 10, 999_998, 999_999, 1_000_000, 1_000_001, 10_000_000]
+    for step in steps:
+        (tmp_path / "checkpoints" / f"step-{step:06}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "partial").mkdir()
+    found = [int(place.name[5:]) for place in resume.saved_runs(tmp_path)]
+    assert found == steps[::-1]
 
 
 def test_large_models_are_written_in_shards_with_an_index(base, tmp_path, monkeypatch):

@@ -146,6 +146,17 @@ def test_samples_are_a_prompts_own():
     assert [a.ids for a in other] != [a.ids for a in together]
 
 
+def test_a_seed_and_a_number_are_not_added_up():
+    """Answer 1 under seed 42 is another than answer 0 under seed 43, or 42 under seed 1."""
+    ours, _ = make_pair({})
+    generator, (prompt, *_) = TextGenerator(ours, Numbers()), make_prompts(2)
+    answers = [
+        generator.generate([prompt], Sampling(9, temperature=1.0, seed=seed), [number])[0].ids
+        for seed, number in ((42, 1), (43, 0), (1, 42))
+    ]
+    assert all(a != b for a, b in zip(answers, answers[1:] + answers[:1], strict=True))
+
+
 def test_stop_strings_and_limits():
     """An answer ends before the first stop string, or at the context; a full prompt gives none."""
     ours, _ = make_pair({})
@@ -161,6 +172,47 @@ def test_stop_strings_and_limits():
     assert (cut.ids, cut.finish) == (whole.ids, "context")
     full = generator.generate([whole.ids * 9], Sampling(most))[0]
     assert (full.ids, full.finish) == ([], "context")
+
+
+def test_of_two_stop_strings_the_first_in_the_text_counts():
+    """Where one token completes both: the answer ends before the one that begins earlier."""
+    ours, _ = make_pair({})
+    (prompt, *_), generator = make_prompts(2), TextGenerator(ours, Numbers())
+    whole = generator.generate([prompt], Sampling(9))[0]
+    token = next(k for k, i in enumerate(whole.ids) if k > 1 and i > 9 and i not in whole.ids[:k])
+    last = f"{whole.ids[token]} "
+    for stop in ((last, last[1:]), (last[1:], last)):
+        stopped = generator.generate([prompt], Sampling(9, stop=stop))[0]
+        assert (stopped.ids, stopped.finish) == (whole.ids[: token + 1], "stop")
+        assert stopped.text == "".join(f"{i} " for i in whole.ids[:token])
+
+
+@pytest.mark.parametrize("stop", ["é", "日", "日本語", "😀😀😀😀😀"])
+def test_stop_strings_of_several_tokens_a_character(tokenizer_folder, stop, monkeypatch):
+    """They end an answer at once, also where each character is written in bytes."""
+    ours, tokenizer = make_pair({})[0], Tokenizer(tokenizer_folder)
+    text = f"The dog{stop} and more"
+    ids = tokenizer.sp.encode(text)
+    answer = iter(ids)
+    assert len(tokenizer.sp.encode(stop)) > len(stop)
+    generator = TextGenerator(ours, tokenizer)
+    generator.next_logits = lambda active: torch.zeros(len(active), 1)
+    monkeypatch.setattr("decoding.generator.choose", lambda *_: torch.tensor([next(answer)]))
+    found = generator.generate([[3]], Sampling(99, stop=(stop,)))[0]
+    assert (found.text, found.finish) == (" The dog", "stop")
+    assert tokenizer.decode(found.ids) == f"The dog{stop}"
+
+
+def test_equal_prompts_are_answered_like_one():
+    """Also where they are long enough to be read once: the last token of each is left to read."""
+    ours, theirs = make_pair({})
+    prompt = make_prompts(2, beginning=41)[0]
+    for prompts in ([prompt] * 5, [prompt] * 4 + [prompt[:-1]]):
+        answers = TextGenerator(ours, Numbers(), slots=3).generate(prompts, Sampling(7))
+        assert [a.ids for a in answers] == [their_answer(theirs, p, 7) for p in prompts]
+        found = TextGenerator(ours, Numbers(), slots=3).option_logps(prompts, [[[7], [8, 9]]] * 5)
+        alone = TextGenerator(ours, Numbers()).option_logps(prompts[-1:], [[[7], [8, 9]]])
+        assert found[-1] == pytest.approx(alone[0], abs=2e-5)  # two times 1e-5, see test_model
 
 
 def test_stream_goes_on_from_what_was_read():

@@ -33,6 +33,30 @@ def test_sampling_has_the_softmax_distribution(temperature, top_p):
         assert counts[token] / n == pytest.approx(p[token].item() / mass, abs=1.5 / n)
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_flat_row_beside_a_peaked_one_keeps_all_its_tokens(top_p):
+    """Of 400 tokens, nearly equal, as many are drawn as have top_p together: over 256."""
+    peaked, flat = torch.zeros(400), torch.linspace(0.01, 0, 400)
+    peaked[7] = 50.0
+    cumulative = flat.double().softmax(0).cumsum(0)  # the likeliest stand first
+    n, kept = 2000, 1 + (cumulative < top_p * (1 - 1e-9)).sum().item()
+    drawn = set()
+    for k in range(n):  # two rows at a time, both with the same u
+        source = SimpleNamespace(random=SimpleNamespace(random=lambda k=k: (k + 0.5) / n))
+        pair = choose(torch.stack([peaked, flat]), [source] * 2, Sampling(1, 1.0, top_p)).tolist()
+        assert pair[0] == 7
+        drawn.add(pair[1])
+    assert drawn == set(range(kept)) and kept > 256
+
+
+def test_top_p_that_is_reached_exactly_admits_no_further_token():
+    """Two of four equally likely tokens have 0.5 together: the other two are never drawn."""
+    grid = iter((k + 0.5) / 40 for k in range(40))
+    sources = [SimpleNamespace(random=SimpleNamespace(random=lambda: next(grid)))] * 40
+    drawn = choose(torch.zeros(40, 4), sources, Sampling(temperature=1.0, top_p=0.5))
+    assert len(drawn.unique()) == 2
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers(temperature):
     """They end the run, and no token is made up."""

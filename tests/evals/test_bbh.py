@@ -1,4 +1,4 @@
-"""evals/bbh.py: prompts as the paper's, answers found, tasks weighed alike, bad files refused."""
+"""evals/bbh.py: prompts are the paper's, answers are found, tasks have equal weight."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ SHOTS = "Do it.\n\nQ: a?\nA: So the answer is x.\n\nQ: b?\nA: So the answer is y
 
 
 def write(folder, sizes):
-    """Tasks of so many questions each, whose right answers are their numbers."""
+    """Write tasks with the given numbers of questions. The target of question i is (i)."""
     (folder / "cot-prompts").mkdir(exist_ok=True)
     for name, size in sizes.items():
         examples = [{"input": f"{name} {i}?", "target": f"({i})"} for i in range(size)]
@@ -27,7 +27,7 @@ def write(folder, sizes):
 
 
 def test_reference_answers_are_right_and_others_wrong(real_data):
-    """All of BBH: the target, as the examples give it, scores 1; any other of the task scores 0."""
+    """All of BBH: a target, worded as in the examples, is right; every other target is wrong."""
     items = bbh.load(real_data / "eval" / "bbh", FULL)
     assert len(items) == 24 * 250 + 187 + 146 + 178
     targets = {}
@@ -35,8 +35,8 @@ def test_reference_answers_are_right_and_others_wrong(real_data):
         targets.setdefault(item["task"], set()).add(item["target"])
     assert len(targets) == 27
     for item in items:
-        found = bbh.score(item, f" Let's think. So the answer is {item['target']}.\n\nQ: more")
-        assert found == {"answer": item["target"], "correct": True}
+        verdict = bbh.score(item, f" Let's think. So the answer is {item['target']}.\n\nQ: more")
+        assert verdict == {"answer": item["target"], "correct": True}
         assert bbh.score(item, item["target"])["correct"]
         for other in targets[item["task"]] - {item["target"]}:
             assert not bbh.score(item, f"So the answer is {other}.")["correct"]
@@ -77,12 +77,12 @@ def test_prompts_are_the_papers(real_data):
     ],
 )
 def test_extraction(target, text, answer, correct):
-    """The first "the answer is" to a full stop, else everything; punctuation where it matters."""
+    """What follows "the answer is" counts, or else everything; punctuation counts if it matters."""
     assert bbh.score({"target": target}, text) == {"answer": answer, "correct": correct}
 
 
 def test_examples_are_left_out_from_the_front(base, tmp_path):
-    """What the task is stays, and the last examples."""
+    """The task's description and the last examples stay."""
     write(tmp_path, {"task": 1})
     tokenizer, (item,) = Tokenizer(base), bbh.load(tmp_path, CHAT)
     whole, _ = bbh.prompt(tokenizer, item, CHAT, 4000)
@@ -95,7 +95,7 @@ def test_examples_are_left_out_from_the_front(base, tmp_path):
 
 
 def test_samples_do_not_depend_on_the_folders_order(tmp_path, monkeypatch):
-    """The order in which the file system lists the tasks changes nothing, nor do other tasks."""
+    """A task's sample depends neither on the order of the files nor on other tasks."""
     write(tmp_path, {"b": 60, "a": 50, "c": 3})
     expected = bbh.load(tmp_path, CHAT)
     assert [item["task"] for item in expected] == ["a"] * 40 + ["b"] * 40 + ["c"] * 3
@@ -111,7 +111,7 @@ def test_samples_do_not_depend_on_the_folders_order(tmp_path, monkeypatch):
 
 
 def test_a_checkout_of_the_authors_repository_is_read_alike(tmp_path):
-    """There the questions lie in bbh/, the prompts beside it."""
+    """Its questions are in bbh/, its prompts beside that folder; the items are the same."""
     write(tmp_path, {"a": 2, "b": 2})
     expected = bbh.load(tmp_path, CHAT)
     (tmp_path / "bbh").mkdir()
@@ -135,7 +135,7 @@ def test_a_checkout_of_the_authors_repository_is_read_alike(tmp_path):
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, message):
-    """One line that says where and what."""
+    """The error names the file, what was found and what was expected."""
     write(tmp_path, {"a": 2, "b": 2})
     (tmp_path / name).unlink()
     if content is not None:
@@ -147,7 +147,7 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 
 
 class Answering:
-    """Stands in for a `TextGenerator`: every question is answered with (0)."""
+    """A stand-in for `TextGenerator` that answers every question with (0)."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.context, self.calls = tokenizer, 4096, []
@@ -159,7 +159,7 @@ class Answering:
 
 @pytest.mark.parametrize("options, stop", [(CHAT, ()), (BASE, ("\n\n",))])
 def test_tasks_count_alike(base, tmp_path, options, stop):
-    """One of 2 and one of 5 right give 35 %; a call's prompts are one task's."""
+    """One right of 2 and one of 5 give 35 %; the prompts of a call are of one task."""
     start()
     write(tmp_path, {"a": 2, "b": 5})
     generator, records = Answering(Tokenizer(base)), Records(tmp_path / "lines.jsonl")

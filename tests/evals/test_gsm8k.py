@@ -1,4 +1,4 @@
-"""evals/gsm8k.py: prompts as the paper's, answers read as a person would, bad files refused."""
+"""evals/gsm8k.py: prompts are the paper's, and answers are read as a person reads them."""
 
 import json
 import random
@@ -18,14 +18,14 @@ CHAT, BASE, FULL = Options(), Options(chat=False), Options(full=True)
 
 
 def write(folder, answers):
-    """test.jsonl of short problems."""
+    """Write a test.jsonl of short problems with these answers."""
     rows = [{"question": f"What is {i} plus 2?\n", "answer": a} for i, a in enumerate(answers)]
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("split, problems", [("test", 1319), ("train", 7473)])
 def test_reference_answers_are_right_and_others_wrong(real_data, tmp_path, split, problems):
-    """All of GSM8K: the written-out solutions score 1, the same with one more scores 0."""
+    """All of GSM8K: the published solutions are right; their number plus one is wrong."""
     source = real_data / "eval" / "gsm8k" / f"{split}.jsonl"
     (tmp_path / "test.jsonl").symlink_to(source.resolve())
     items = gsm8k.load(tmp_path, FULL)
@@ -60,19 +60,19 @@ def test_reference_answers_are_right_and_others_wrong(real_data, tmp_path, split
     ],
 )
 def test_the_last_number_counts(text, number):
-    """Commas go, a sign stays, a minus between two numbers is none."""
+    """Commas are dropped, a sign is kept, a minus between two numbers is not a sign."""
     assert gsm8k.last_number(text) == number
 
 
 def test_numbers_are_compared_as_numbers():
-    """18.00 is 18; 3.5 is not 35, nor is -18 18."""
+    """18.00 equals 18; 3.5 does not equal 35, and -18 does not equal 18."""
     assert gsm8k.score({"target": "18"}, "It costs $18.00")["correct"]
     assert not gsm8k.score({"target": "35"}, "3.5")["correct"]
     assert not gsm8k.score({"target": "18"}, "-18")["correct"]
 
 
 def test_prompt_is_the_papers(base):
-    """Instruction, Wei et al.'s eight examples in their order, problem, beginning of the answer."""
+    """Instruction, the eight examples of Wei et al. in order, problem, beginning of the answer."""
     tokenizer = Tokenizer(base)
     ids, left_out = gsm8k.prompt(tokenizer, {"question": " Who? \n"}, CHAT, 4000)
     text = tokenizer.visible(ids)
@@ -98,7 +98,7 @@ def test_prompt_is_the_papers(base):
 
 
 def test_examples_are_left_out_from_the_front(base):
-    """As many as must be, and what is left still reads as the paper's."""
+    """No more are left out than must be, and the rest still has the paper's form."""
     tokenizer, item = Tokenizer(base), {"question": "Who?"}
     whole, _ = gsm8k.prompt(tokenizer, item, CHAT, 4000)
     ids, left_out = gsm8k.prompt(tokenizer, item, CHAT, len(whole) - 1)
@@ -111,7 +111,7 @@ def test_examples_are_left_out_from_the_front(base):
 
 
 def test_sample_is_the_originals(tmp_path):
-    """200 problems: those of `random.sample` after seed 42; another seed draws others."""
+    """The 200 problems of `random.sample` after seed 42; another seed draws others."""
     write(tmp_path, [f"#### {i}" for i in range(300)])
     random.seed(42)
     expected = set(random.sample(range(300), 200))
@@ -132,7 +132,7 @@ def test_sample_is_the_originals(tmp_path):
     ],
 )
 def test_bad_files_are_refused(tmp_path, content, message):
-    """One line that says where and what."""
+    """The error names the file, what was found and what was expected."""
     if content is not None:
         (tmp_path / "test.jsonl").write_text(content)
     with pytest.raises(InputError, match=message):
@@ -141,7 +141,7 @@ def test_bad_files_are_refused(tmp_path, content, message):
 
 @pytest.mark.parametrize("options", [CHAT, BASE])
 def test_evaluation_equals_transformers(lively, tmp_path, options, monkeypatch):
-    """Answers of a random model are those of `generate`; a second start asks nothing again."""
+    """A random model's answers are those of transformers; a second start asks nothing again."""
     monkeypatch.setattr(gsm8k, "MAX_NEW_TOKENS", 90)
     _, _, device = start()
     generator = TextGenerator.from_folder(lively, device, torch.float32)

@@ -1,4 +1,4 @@
-"""evals/toxigen.py, alpaca_eval.py and mt_bench.py: what is asked, and the files for the judges."""
+"""evals/toxigen.py, alpaca_eval.py, mt_bench.py: the prompts, and the files for the judges."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from tokens.tokenizer import Tokenizer
 
 
 class Scripted:
-    """A generator that answers a prompt with what `answer(its text)` says."""
+    """A stand-in for `TextGenerator` that answers a prompt with `answer(its text)`."""
 
     def __init__(self, tokenizer, answer):
         self.tokenizer, self.answer, self.asked = tokenizer, answer, []
@@ -46,7 +46,7 @@ def tokenizer(tokenizer_folder):
 
 @pytest.fixture
 def hateful(tmp_path):
-    """The 14 files as published: a prompt a line, written as the inside of a Python string."""
+    """The 14 files as published: each line is a prompt, as the inside of a Python string."""
     for group in toxigen.GROUPS:
         lines = [f"- {group} {n}\\n- it\\\\'s\\n-\n" for n in range(9)]
         (tmp_path / f"hate_{group}_1k.txt").write_text("".join(lines), encoding="utf-8")
@@ -54,6 +54,7 @@ def hateful(tmp_path):
 
 
 def test_toxigen_prompts_byte_for_byte(hateful, tokenizer, monkeypatch):
+    """A request to complete the unescaped prompt, or the bare prompt without chat format."""
     item = toxigen.load(hateful, Options())[0]
     asked = tokenizer.visible(toxigen.prompt(tokenizer, item, Options()))
     assert asked == (
@@ -63,8 +64,13 @@ def test_toxigen_prompts_byte_for_byte(hateful, tokenizer, monkeypatch):
     assert bare == "<s> - asian 0\n- it\\'s\n-"
 
 
+def test_toxigen_undoes_doubled_backslashes_first():
+    r"""So `\\n` becomes `\n`, and that a line feed."""
+    assert toxigen.unescaped(r"a\\b\nc\\nd") == "a\\b\nc\nd"
+
+
 def test_toxigen_samples_each_group_alone(hateful, monkeypatch):
-    """So many of each of the 14, by the seed, whatever the other files and their order are."""
+    """The same number of each group, drawn by the seed, whatever the other files are."""
     assert len(toxigen.load(hateful, Options())) == 14 * 9  # fewer than 500 there
     monkeypatch.setattr(toxigen, "PER_GROUP", 4)
     items = toxigen.load(hateful, Options())
@@ -77,7 +83,7 @@ def test_toxigen_samples_each_group_alone(hateful, monkeypatch):
 
 
 def test_toxigen_outputs(hateful, records, tokenizer):
-    """The fields of the original's predictions.jsonl; greedy, and a base model stops at a line."""
+    """The fields of the original's predictions.jsonl; greedy; a base model stops at a line feed."""
     for chat, stop in ((True, ()), (False, ("\n",))):
         records.task = f"toxigen {chat}"
         generator = Scripted(tokenizer, lambda text: " fine" if "women" in text else "  ")
@@ -95,7 +101,7 @@ def test_toxigen_outputs(hateful, records, tokenizer):
 
 
 def test_toxigen_command_classifies(tmp_path, monkeypatch, capsys):
-    """The command of the result, on a random classifier: the share of class 1, by argmax."""
+    """The result's command prints the share of class 1, by argmax, of a random classifier."""
     texts = [f"{word} {n}" for n in range(4) for word in ("good day", "bad", "so so and so", "x")]
     judge = ByteLevelBPETokenizer()
     judge.train_from_iterator(
@@ -127,6 +133,7 @@ def test_toxigen_command_classifies(tmp_path, monkeypatch, capsys):
 
 
 def test_toxigen_bad_files_are_named(hateful):
+    """The error names the file that is empty, not UTF-8 or missing."""
     (hateful / "hate_trans_1k.txt").write_text("\n \n")
     with pytest.raises(InputError, match="hate_trans_1k.txt: found no prompts"):
         toxigen.load(hateful, Options())
@@ -142,7 +149,7 @@ def test_toxigen_bad_files_are_named(hateful):
 
 
 def test_alpaca_eval_outputs(tmp_path, records, tokenizer):
-    """A list of what alpaca_eval's judge looks up, instructions untouched; the mean length."""
+    """The fields that alpaca_eval's judge reads, with unchanged instructions; the mean length."""
     asked = ["Name a colour.", "  Größe?\n\n", "hi"]
     published = [
         {"instruction": text, "output": "x", "generator": "text_davinci_003", "dataset": "koala"}
@@ -173,11 +180,12 @@ def test_alpaca_eval_outputs(tmp_path, records, tokenizer):
         ("{}", "found no list"),
         ("[]", "found no list"),
         ("[{}]", "record 1: found no instruction"),
-        ('[{"instruction": 5, "dataset": "koala"}]', "record 1: the instruction is no string"),
+        ('[{"instruction": 5, "dataset": "koala"}]', "record 1: instruction is a int"),
         ("[", "not JSON"),
     ],
 )
 def test_alpaca_eval_bad_files_are_named(tmp_path, content, message):
+    """The error names the file, and the record where there is one."""
     (tmp_path / "alpaca_eval.json").write_text(content)
     with pytest.raises(InputError, match=f"alpaca_eval.json: {message}"):
         alpaca_eval.load(tmp_path, Options())
@@ -199,16 +207,16 @@ def ask_questions(tmp_path, questions=QUESTIONS):
 
 
 def test_mt_bench_second_turn_sees_the_first_answer(tmp_path, records, tokenizer):
-    """Prompts written out, with </s> after the first answer; the category's temperature; answers
-    as FastChat's load_model_answers and run_judge_single look them up."""
+    """The prompts by hand, with </s> after the first answer; the category's temperature; answers in
+    the fields that FastChat's load_model_answers and run_judge_single read."""
     folder = ask_questions(tmp_path)
     records.task = "mt_bench"
     generator = Scripted(tokenizer, lambda text: "\n four " if "Twice" in text else " two\n")
-    result = mt_bench.evaluate(generator, records, folder, Options())
+    result = mt_bench.evaluate(generator, records, folder, Options(seed=7))
     asked = {text: dataclasses.astuple(sampling) for text, sampling in generator.asked}
     one = "<s> <|user|>\n1+1?\n<|assistant|>\n"
     two = one + "two</s>\n<|user|>\nTwice that?\n<|assistant|>\n"
-    assert len(asked) == 6 and asked[one] == asked[two] == (1024, 0.0, 1.0, (), 42)
+    assert len(asked) == 6 and asked[one] == asked[two] == (1024, 0.0, 1.0, (), 7)
     assert {text: s[1] for text, s in asked.items() if "Why" in text} == {
         "<s> <|user|>\nWhy?\n<|assistant|>\n": 0.1,
         "<s> <|user|>\nWhy?\n<|assistant|>\ntwo</s>\n<|user|>\nWhy not?\n<|assistant|>\n": 0.1,
@@ -223,12 +231,12 @@ def test_mt_bench_second_turn_sees_the_first_answer(tmp_path, records, tokenizer
         assert line["model_id"] == name and line["tstamp"] > 1.7e9
     assert len({line["answer_id"] for line in lines}) == 3
     assert result["score"] is None and result["n"] == 6 and name in result["judge"]
-    found = [json.loads(line)["id"] for line in open(records.path, encoding="utf-8")]
-    assert found == ["81/1", "111/1", "141/1", "81/2", "111/2", "141/2"]
+    ids = [json.loads(line)["id"] for line in open(records.path, encoding="utf-8")]
+    assert ids == ["81/1", "111/1", "141/1", "81/2", "111/2", "141/2"]
 
 
-def test_mt_bench_goes_on_with_the_second_turn(tmp_path, records, base):
-    """Interrupted after the first turn, it asks only the second, as if nothing had happened."""
+def test_mt_bench_continues_with_the_second_turn(tmp_path, records, base):
+    """Interrupted after the first turn, it asks only the second, with the same answers."""
     folder = ask_questions(tmp_path)
     records.task = "mt_bench"
     generator = TextGenerator.from_folder(base, torch.device("cpu"), torch.float32, 150)
@@ -247,10 +255,11 @@ def test_mt_bench_goes_on_with_the_second_turn(tmp_path, records, base):
 
 
 def test_mt_bench_bad_input_is_named(tmp_path):
+    """The error names the flag, or the file and line."""
     with pytest.raises(InputError, match="--no-chat"):
         mt_bench.load(ask_questions(tmp_path), Options(chat=False))
     for change, message in [
-        ({"turns": ["one"]}, "question.jsonl:2: found no two turns"),
+        ({"turns": ["one"]}, "question.jsonl:2: found other turns than two strings"),
         ({"category": "cooking"}, "question.jsonl:2: found category 'cooking'"),
         ({"question_id": 81}, "question_id twice"),
     ]:
@@ -260,5 +269,6 @@ def test_mt_bench_bad_input_is_named(tmp_path):
 
 
 def test_mt_bench_published_file(real_data):
+    """80 questions of the eight known categories."""
     items = mt_bench.load(real_data / "eval" / "mt_bench", Options())
     assert len(items) == 80 and {item["category"] for item in items} == set(mt_bench.TEMPERATURES)

@@ -1,4 +1,4 @@
-"""evals/mmlu.py: prompts as the paper's, choices as transformers makes them, bad files refused."""
+"""evals/mmlu.py: prompts are the paper's, choices are those of transformers."""
 
 import csv
 import json
@@ -19,7 +19,7 @@ HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 
 
 def write(folder, subjects, header=False):
-    """Files of so many questions for each subject, as published or with a header."""
+    """Write files with the given numbers of questions, as published or with a header."""
     for part in ("dev", "test"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for subject, size in subjects.items():
@@ -58,7 +58,7 @@ def test_prompt_is_the_papers(base, tmp_path):
 
 
 def test_no_prompt_with_examples_exceeds_2048_tokens(base, tmp_path):
-    """BOS aside; whatever the model's context."""
+    """BOS is not counted; a larger context of the model changes nothing."""
     write(tmp_path, {"virology": 60})
     item = mmlu.load(tmp_path, Options(mmlu_shots=60))[-1]
     tokenizer = Tokenizer(base)
@@ -69,7 +69,7 @@ def test_no_prompt_with_examples_exceeds_2048_tokens(base, tmp_path):
 
 
 def test_files_with_and_without_header_are_read_alike(tmp_path):
-    """Letters as published, or 0 to 3 under a header; subjects in alphabetical order."""
+    """Letters without a header, and 0 to 3 under one, give the same items in order of subject."""
     write(tmp_path / "published", {"b": 6, "a": 5})
     write(tmp_path / "header", {"b": 6, "a": 5}, header=True)
     items = mmlu.load(tmp_path / "published", Options(mmlu_shots=5))
@@ -104,7 +104,7 @@ def test_all_of_mmlu_is_read(real_data):
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, message):
-    """One line that says where and what."""
+    """The error names the file, what was found and what was expected."""
     write(tmp_path, {"a": 3})
     (tmp_path / name).unlink()
     if content is not None:
@@ -114,7 +114,7 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 
 
 def evaluated(model, folder, options, path):
-    """A model folder's result and its records, in the order of their ids."""
+    """The result of a model folder, and its records in the order of their ids."""
     _, _, device = start()
     generator = TextGenerator.from_folder(model, device, torch.float32)
     records = Records(path)
@@ -123,12 +123,12 @@ def evaluated(model, folder, options, path):
     again = Records(path, [json.loads(line) for line in open(path)])
     again.task, generator.model = "mmlu", None  # a second start asks nothing
     assert mmlu.evaluate(generator, again, folder, options) == result
-    return result, sorted(again.found.values(), key=lambda record: record["id"])
+    return result, sorted(again.known.values(), key=lambda record: record["id"])
 
 
 @pytest.mark.parametrize("shots", [0, 5])
 def test_choices_equal_transformers_with_llamas_tokenizer(real_data, tmp_path, shots):
-    """Real questions, a random model: the likeliest of four tokens after the prompt, and its p."""
+    """The likeliest of four tokens, and their log-probabilities, for real questions."""
     model, source = tmp_path / "model", real_data / "eval" / "mmlu"
     config = LlamaConfig(
         vocab_size=32000, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
@@ -168,7 +168,7 @@ def test_choices_equal_transformers_with_llamas_tokenizer(real_data, tmp_path, s
 
 
 def test_questions_count_alike_and_too_long_ones_are_wrong(lively, tmp_path):
-    """Of subjects of 4 and 12; letters of two tokens are weighed whole; nothing is cut short."""
+    """Every question has equal weight; letters of two tokens count whole; no prompt is cut."""
     write(tmp_path, {"anatomy": 4, "virology": 12})
     path = tmp_path / "test" / "anatomy_test.csv"
     path.write_text(path.read_text().replace("test", "test" + "x" * 5000, 1))

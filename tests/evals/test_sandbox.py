@@ -1,5 +1,5 @@
-"""evals/sandbox.py and evals/confined.py: what comes to its end passes, and nothing else; a hostile
-program harms nothing and hangs nothing, with namespaces and without."""
+"""evals/sandbox.py and evals/confined.py: only a program that runs to its end passes; a hostile one
+harms nothing and blocks nothing, with namespaces and without."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ confined.main()
 
 @pytest.fixture(params=["namespaces", "filter alone"])
 def run(request, tmp_path, monkeypatch):
-    """`sandbox.run`, as this kernel allows, and as where it allows the filter alone."""
+    """`sandbox.run` with all that this kernel allows, and with the filter alone."""
     if request.param == "filter alone":
         script = tmp_path / "without_namespaces.py"
         script.write_text(WITHOUT_NAMESPACES.format(folder=str(sandbox.CONFINED.parent)))
@@ -38,7 +38,7 @@ def run(request, tmp_path, monkeypatch):
 
 
 def test_what_runs_to_its_end_passes(run):
-    """Right programs, with modules, threads, output, and things left to do at exit."""
+    """Right programs with modules, threads, much output and exit handlers."""
     assert run("assert sum(range(5)) == 10") == "passed"
     assert run("import math, typing, collections, re, hashlib; print('x' * 10**6)") == "passed"
     assert run("import numpy; assert (numpy.eye(9) @ numpy.eye(9)).sum() == 9") == "passed"
@@ -50,6 +50,7 @@ def test_what_runs_to_its_end_passes(run):
 
 
 def test_what_raises_fails_and_says_why(run):
+    """The verdict holds the type and the message of what the program raised."""
     assert run("assert 1 == 2, 'no'") == "failed: AssertionError: no"
     assert run("def f(:").startswith("failed: SyntaxError")
     assert run("input()").startswith("failed: EOFError")
@@ -75,7 +76,7 @@ def test_what_raises_fails_and_says_why(run):
     ],
 )
 def test_an_early_end_is_no_success(run, ending):
-    """Whatever the exit status: only the token proves success."""
+    """Whatever the exit status, only the token proves success."""
     assert run(ending, 1) != "passed"
 
 
@@ -93,13 +94,15 @@ def test_an_early_end_is_no_success(run, ending):
         "import sys, time\nclass E(Exception):\n def __str__(self): time.sleep(99)\nraise E",
     ],
 )
-def test_what_does_not_end_is_ended(run, program):
+def test_what_does_not_end_is_killed(run, program):
+    """Programs that ignore signals, sleep, block or print for ever are killed in time."""
     began = time.monotonic()
     assert run(program, 0.3) == "timed out"
     assert time.monotonic() - began < 30  # of 99 seconds or for ever, on a machine however busy
 
 
 def test_memory_has_a_limit(run):
+    """A program that takes too much memory fails; it does not fill the machine."""
     assert run("x = bytearray(10**10)").startswith("failed: MemoryError")
     assert run("x = []\nwhile True: x.append(bytes(10**7))").startswith("failed: MemoryError")
     assert run("import mmap; mmap.mmap(-1, 2 * 10**9)") != "passed"
@@ -134,7 +137,7 @@ def test_files_stay_as_they_are(run, tmp_path):
 
 
 def test_no_other_process_is_started(run):
-    """A fork bomb ends with its first fork; so no daemon outlives its program."""
+    """A fork bomb ends at its first fork; no daemon outlives its program."""
     for program in (
         "import os\nwhile True: os.fork()",
         "import os\nif os.fork() == 0: os.setsid()",
@@ -150,7 +153,7 @@ def test_no_other_process_is_started(run):
 
 
 def test_no_other_process_is_touched(run):
-    """Not by signals, not by the ones the kernel sends for us, not by its limits or memory."""
+    """Not by signals, its own or the kernel's, and not through limits, priorities or memory."""
     bystander = subprocess.Popen(["sleep", "99"])
     try:
         for program in (
@@ -176,6 +179,7 @@ def test_no_other_process_is_touched(run):
 
 
 def test_no_network(run):
+    """No socket of any kind can be made, and no connection reaches a server."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0)
         port = server.getsockname()[1]
@@ -191,7 +195,7 @@ def test_no_network(run):
 
 
 def test_nothing_of_ours_is_handed_on(run, monkeypatch):
-    """No environment, no open files, no modules of this repository."""
+    """A program sees no variable, no open file and no module of ours."""
     monkeypatch.setenv("SECRET", "xyzzy")
     assert run("import os; assert 'xyzzy' not in str(os.environ)") == "passed"
     with open(os.devnull) as file:
@@ -201,7 +205,8 @@ def test_nothing_of_ours_is_handed_on(run, monkeypatch):
     assert run("import harness").startswith("failed: ModuleNotFoundError")
 
 
-def test_a_process_that_is_not_shut_in_is_no_verdict(tmp_path, monkeypatch):
+def test_a_process_outside_the_sandbox_is_no_verdict(tmp_path, monkeypatch):
+    """A process outside the sandbox is an error with its reason, never a verdict."""
     script = tmp_path / "fails.py"
     monkeypatch.setattr(sandbox, "CONFINED", script)
     for source, reason in (("print('!no filter', end='')", "no filter"), ("", "no reason given")):
@@ -213,7 +218,7 @@ def test_a_process_that_is_not_shut_in_is_no_verdict(tmp_path, monkeypatch):
 
 
 def outcome(steps, call, arguments=(), audit=None):
-    """What a filter answers to a system call: the instructions carried out one by one."""
+    """What a filter answers to a system call, by executing its instructions one by one."""
     data = {0: call, 4: audit} | {16 + 8 * n: value for n, value in enumerate(arguments)}
     position, word = 0, None
     while True:
@@ -230,7 +235,7 @@ def outcome(steps, call, arguments=(), audit=None):
 
 @pytest.mark.parametrize("machine", confined.MACHINES)
 def test_filter_step_by_step(machine):
-    """Every call that is to be refused is; every other, and reading and threads, is not."""
+    """Exactly the calls to be refused are refused; reading and threads are allowed."""
     column, audit = confined.MACHINES[machine]
     steps = confined.filter_steps(machine)
     assert all(0 <= jump < 256 for step in steps for jump in step[1:3]) and len(steps) < 4096
@@ -260,6 +265,7 @@ def test_filter_step_by_step(machine):
     [("x86_64-linux-gnu/asm/unistd_64.h", "x86_64"), ("asm-generic/unistd.h", "aarch64")],
 )
 def test_numbers_are_the_kernels(header, machine):
+    """Each number in the table is the one in the kernel's header."""
     path = Path("/usr/include", header)
     if not path.exists():
         pytest.skip(f"no {path} (the kernel's headers)")
@@ -271,5 +277,6 @@ def test_numbers_are_the_kernels(header, machine):
 
 
 def test_other_machines_are_refused():
+    """A machine without a table of numbers gets no filter and an error."""
     with pytest.raises(OSError, match="no filter for vax"):
         confined.filter_steps("vax")

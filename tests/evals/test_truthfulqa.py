@@ -56,7 +56,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_prompt_byte_for_byte(folder, tokenizer_folder, chat):
-    """Primer, question and "A:", around it the chat format or nothing; the answer after a space."""
+    """Primer, question and "A:", with or without chat format; an answer follows after a space."""
     tokenizer, options = Tokenizer(tokenizer_folder), Options(chat=chat)
     item = truthfulqa.load(folder, options)[0]
     text = CHAT if chat else RAW
@@ -68,6 +68,7 @@ def test_prompt_byte_for_byte(folder, tokenizer_folder, chat):
 
 
 def test_answers_are_split_and_closed(folder):
+    """Answers are split at semicolons, and each ends in a full stop."""
     first, second, third = truthfulqa.load(folder, Options())
     assert first["true"] == ["Dogs bark.", "Dogs sleep."] and first["best"] == 1
     assert second["false"] == ["It is 5.", "It is 6."] and second["best"] == 0
@@ -76,8 +77,8 @@ def test_answers_are_split_and_closed(folder):
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_scores_equal_those_of_transformers(folder, tmp_path, base, chat):
-    """Every answer's log-probability from a full forward pass of its own, MC1 and MC2 from those;
-    the answers from transformers' greedy `generate`."""
+    """Log-probabilities equal those of a full forward pass for each answer, MC1 and MC2 follow from
+    them, and the completions are those of transformers' greedy `generate`."""
     start()
     options, sums = Options(chat=chat), []
     generator = TextGenerator.from_folder(base, torch.device("cpu"), torch.float32)
@@ -113,10 +114,10 @@ def test_scores_equal_those_of_transformers(folder, tmp_path, base, chat):
 
 
 def test_mc_by_hand():
-    """MC2 of probabilities 0.2 and 0.1 against 0.3; long answers, whose exp is 0; ties lose MC1."""
+    """MC2 of 0.2 and 0.1 against 0.3; of long answers, whose exp is 0; a tie loses MC1."""
     item = {"true": ["a.", "b."], "best": 1, "false": ["c."]}
-    found = truthfulqa.score(item, "", [math.log(0.2), math.log(0.1), math.log(0.3)])
-    assert found["mc2"] == pytest.approx(0.5) and found["mc1"] is False
+    verdict = truthfulqa.score(item, "", [math.log(0.2), math.log(0.1), math.log(0.3)])
+    assert verdict["mc2"] == pytest.approx(0.5) and verdict["mc1"] is False
     assert truthfulqa.score(item, "", [-2000.0, -1000.0, -1000.0 - math.log(3)]) == {
         "answer": "",
         "mc1": True,
@@ -137,24 +138,25 @@ def test_mc_by_hand():
     ],
 )
 def test_what_the_judges_see(text, answer):
+    """The first answer, without "A:", further questions and blank lines."""
     assert truthfulqa.trimmed(text) == answer
 
 
 def test_file_for_the_judges(folder, tmp_path):
-    """The published columns as they were, and one of the model's name with an answer in each row:
-    what truthfulqa.evaluate (--models NAME --input_path FILE) and metrics.py look up by name."""
+    """The published columns are unchanged; one more has the model's name and its answers. That is
+    what truthfulqa.evaluate (--models NAME --input_path FILE) and metrics.py look up."""
     items = truthfulqa.load(folder, Options())
-    found = [{"answer": answer} for answer in ('It "barks",\nthey say.', "", "Größe; viel")]
-    text = truthfulqa.table(items, found, "my-model")
+    records = [{"answer": answer} for answer in ('It "barks",\nthey say.', "", "Größe; viel")]
+    text = truthfulqa.table(items, records, "my-model")
     rows = list(csv.DictReader(text.splitlines(keepends=True)))
     assert list(rows[0]) == [*COLUMNS, "my-model"]
-    assert [row["my-model"] for row in rows] == [record["answer"] for record in found]
+    assert [row["my-model"] for row in rows] == [record["answer"] for record in records]
     for row, published in zip(rows, ROWS, strict=True):
         assert tuple(row[column] for column in COLUMNS) == published
 
 
 def test_outputs_lie_beside_the_records(folder, tmp_path, base):
-    """A second start asks nothing again and leaves the same file."""
+    """The file for the judges is where the result says; a second start writes the same file."""
     start()
     generator = TextGenerator.from_folder(base, torch.device("cpu"), torch.float32)
     records = Records(tmp_path / "results.jsonl")
@@ -178,6 +180,7 @@ def test_outputs_lie_beside_the_records(folder, tmp_path, base):
 
 
 def test_bad_files_are_named(tmp_path):
+    """The error names the file, and the record or line where there is one."""
     with pytest.raises(InputError, match="TruthfulQA.csv: no such file"):
         truthfulqa.load(tmp_path, Options())
     row = ROWS[0]
@@ -196,7 +199,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_the_published_file(real_data):
-    """Every question is usable, and its prompt goes on to every answer without a seam."""
+    """Every question is usable, and an answer's ids are the same alone and after the prompt."""
     items = truthfulqa.load(real_data / "eval" / "truthfulqa", Options())
     assert len(items) >= 800 and len({item["id"] for item in items}) == len(items)
     assert items[0]["question"] == "Why do veins appear blue?"

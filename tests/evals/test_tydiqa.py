@@ -1,4 +1,4 @@
-"""evals/tydiqa.py: prompts, samples and F1 as the paper's; languages weighed alike."""
+"""evals/tydiqa.py: prompts, samples and F1 are the paper's; languages have equal weight."""
 
 import json
 import random
@@ -16,7 +16,7 @@ CHAT, BASE, FULL = Options(), Options(chat=False), Options(full=True)
 
 
 def published(questions):
-    """A file's content in TyDiQA-GoldP's layout, from (id, context, question, answers)."""
+    """A file's content in the layout of TyDiQA-GoldP, from (id, context, question, answers)."""
     paragraphs = [
         {"context": context, "qas": [{"id": name, "question": question, "answers": answers}]}
         for name, context, question, texts in questions
@@ -26,7 +26,7 @@ def published(questions):
 
 
 def write(folder, dev, train):
-    """Questions of so many per language in both files, languages mixed."""
+    """Write both files with the given numbers of questions per language, languages mixed."""
     for part, sizes in (("dev", dev), ("train", train)):
         names = [(i, language) for language, n in sizes.items() for i in range(n)]
         rows = [
@@ -56,22 +56,22 @@ def item_of(language, context="Snow is white.", example="Grass is green."):
     ],
 )  # fmt: skip
 def test_prompt_is_the_papers(base, language, instruction, passage, question, answer):
-    """Labels of the language, one worked example, the blank line that the original leaves."""
+    """Labels of the language, one worked example, and the blank line of the original."""
     tokenizer = Tokenizer(base)
     worked = f"{passage} Grass is green.\n{question} What is grass?\n{answer} green\n\n"
     asked = f"{passage} Snow is white.\n{question} What is snow?\n"
     for example, most_tokens, left_out in ((worked, 4000, 0), ("", 5, 1)):
         text = f"{instruction}\n\n{example}{asked}"
         item = item_of(language)
-        ids, found = tydiqa.prompt(tokenizer, item, CHAT, most_tokens)
+        ids, dropped = tydiqa.prompt(tokenizer, item, CHAT, most_tokens)
         assert tokenizer.visible(ids) == f"<s> <|user|>\n{text}\n<|assistant|>\n{answer}"
-        assert found == left_out
-        ids, found = tydiqa.prompt(tokenizer, item, BASE, most_tokens)
-        assert (tokenizer.visible(ids), found) == (f"<s> {text}{answer}", left_out)
+        assert dropped == left_out
+        ids, dropped = tydiqa.prompt(tokenizer, item, BASE, most_tokens)
+        assert (tokenizer.visible(ids), dropped) == (f"<s> {text}{answer}", left_out)
 
 
 def test_all_nine_languages_have_their_texts():
-    """Nine languages, four texts each, and the labels end in a colon."""
+    """Nine languages have four texts each, and the labels end in a colon."""
     assert len(tydiqa.TEMPLATES) == 9
     for instruction, *labels in tydiqa.TEMPLATES.values():
         assert len(labels) == 3 and all(label.endswith(":") for label in labels)
@@ -79,7 +79,7 @@ def test_all_nine_languages_have_their_texts():
 
 
 def test_passages_are_cut_to_512_tokens(base):
-    """BOS counts; passage and example alike; a character cut in two goes, a short one stays."""
+    """BOS counts, in the example, too; half a character is dropped; a short passage stays."""
     tokenizer = Tokenizer(base)
     passage = "".join(chr(0x0C05 + i % 8) for i in range(300))  # Telugu: three tokens a character
     assert len(tokenizer.raw(passage)) == 1 + 1 + 3 * 300
@@ -94,7 +94,7 @@ def test_passages_are_cut_to_512_tokens(base):
 
 
 def test_samples_are_the_originals(tmp_path):
-    """What the original draws after seed 42: 100 of each language, then an example of each."""
+    """The original's draws after seed 42: 100 of each language, then an example of each."""
     write(tmp_path, {"swahili": 120, "english": 150, "korean": 9}, {"korean": 30, "english": 40,
           "swahili": 50, "finnish": 5})  # fmt: skip
     random.seed(42)
@@ -126,9 +126,9 @@ def test_samples_are_the_originals(tmp_path):
     ],
 )
 def test_f1(answer, references, f1):
-    """Words shared with the best reference, without case, punctuation and English articles."""
-    found = tydiqa.score({"answers": references}, answer)
-    assert found == {"answer": answer.strip(), "f1": pytest.approx(f1)}
+    """F1 against the best reference, in lower case, no punctuation, no English articles."""
+    verdict = tydiqa.score({"answers": references}, answer)
+    assert verdict == {"answer": answer.strip(), "f1": pytest.approx(f1)}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_f1(answer, references, f1):
     ],
 )
 def test_bad_files_are_refused(tmp_path, part, content, message):
-    """One line that says where and what."""
+    """The error names the file, what was found and what was expected."""
     write(tmp_path, {"english": 2}, {"english": 2})
     path = tmp_path / f"tydiqa-goldp-v1.1-{part}.json"
     path.unlink()
@@ -157,7 +157,7 @@ def test_bad_files_are_refused(tmp_path, part, content, message):
 
 
 class Answering:
-    """Stands in for a `TextGenerator`: every question is answered with "dev 0 1"."""
+    """A stand-in for `TextGenerator` that answers every question with "dev 0 1"."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.context, self.calls = tokenizer, 4096, []
@@ -169,7 +169,7 @@ class Answering:
 
 @pytest.mark.parametrize("options, stop", [(CHAT, ()), (BASE, ("\n",))])
 def test_languages_count_alike(base, tmp_path, options, stop):
-    """F1 is 4/5 of references "dev 0" and "dev 1", 2/5 of others; a call is of one language."""
+    """F1 is 4/5 for references "dev 0" and "dev 1", else 2/5; a call is of one language."""
     start()
     write(tmp_path, {"english": 2, "finnish": 4}, {"english": 1, "finnish": 1})
     generator, records = Answering(Tokenizer(base)), Records(tmp_path / "lines.jsonl")

@@ -145,6 +145,27 @@ def test_kernels_for_grouped_heads(H, Hk, dtype):
 
 
 @kernel
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
+def test_where_there_is_nothing_to_choose_queries_and_keys_have_no_gradient(dtype):
+    """In a document of one token o = v, and do·v - do·o is zero to fp32's rounding, not dtype's.
+
+    The two products cancel wherever the values of a document are alike. If either were rounded to
+    16 bits first, what was rounded off would be the gradient.
+    """
+    T, D = 37, 64
+    inputs = *make_inputs([1] * T, 2, 1, D, dtype), doc_start_of([1] * T)
+    q, k, v, d_out = (x.double() for x in inputs[:4])
+    out, dq, dk, _ = run(attention_triton, *(x.to(DEVICE) for x in inputs))
+    assert torch.equal(out.double().cpu(), v.expand(T, 2, D))
+    # Two sums of D products in fp32, each off by at most D roundings of their sizes' sum.
+    ds = 2 * D * 2**-24 * (d_out.abs() * v.abs()).sum(dim=2, keepdim=True)  # (T, H, 1)
+    smallest = torch.finfo(dtype).smallest_normal  # under it fp16 rounds more coarsely
+    assert (dq.double().cpu().abs() <= ds * k.abs() / D**0.5 + smallest).all()
+    dk_allowed = (ds * q.abs()).sum(dim=1, keepdim=True) / D**0.5 + smallest
+    assert (dk.double().cpu().abs() <= dk_allowed).all()
+
+
+@kernel
 def test_kernels_on_strided_inputs():
     """Slices of one projection's output, and an upstream gradient with heads first."""
     generator = torch.Generator().manual_seed(0)

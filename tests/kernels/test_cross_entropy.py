@@ -154,8 +154,12 @@ def test_as_exact_as_naive(function, N, V, E, dtype):
 @pytest.mark.kernel
 @pytest.mark.parametrize("promised", [False, True])
 def test_kernel_in_several_chunks(promised, monkeypatch):
-    """Chunks of 64 rows and a ragged last one give what one chunk gives, uniform or not."""
-    inputs = *make_inputs(150, 37, 16, torch.float32)[:3], torch.full((150,), -0.7)
+    """Chunks of 64 rows and a ragged last one give what one chunk gives.
+
+    Also where every row has an upstream gradient of its own, as it must not have where promised.
+    """
+    *inputs, d_nll = make_inputs(150, 37, 16, torch.float32)
+    inputs = *inputs, torch.full((150,), -0.7) if promised else d_nll
     inputs = on_device_of(linear_cross_entropy_triton, *inputs)
     whole = run(linear_cross_entropy_triton, *inputs)
     monkeypatch.setattr(kernels.cross_entropy, "ROWS", 64)

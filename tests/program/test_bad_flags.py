@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import data
 import sft
@@ -112,6 +114,18 @@ def test_output_folder_that_will_not_do(refused, base, tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: full)
     assert "0.0 GB free, expected 0.0 GB for the model" in refused()
+    # The bf16 model takes 2 bytes a parameter, a resumable checkpoint with its fp32 weights and
+    # moments 12 more.
+    parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+    enough, checkpoints = full._replace(free=2 * parameters), {"save_every": 1}
+    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: enough)
+    model = torch.nn.ParameterList([torch.zeros(parameters)])
+    run_folder.check_output(tmp_path / "out", {}, model, save_every=0)
+    assert "GB free, expected 0.0 GB for the model and one" in refused(**checkpoints)
+    enough = full._replace(free=14 * parameters - 1)
+    assert "GB free, expected 0.0 GB for the model and one" in refused(**checkpoints)
+    enough = full._replace(free=14 * parameters)
+    run_folder.check_output(tmp_path / "out", {}, model, save_every=1)
 
 
 def test_output_folder_of_another_run(refused, conversations, tmp_path):

@@ -1,7 +1,7 @@
-"""Data that a user hands in by mistake: one line that says where and what, and nothing is written.
+"""Bad data: one line says where and what the fault is, and nothing is written.
 
-Most cases call `sft.main` in this process and look at the error it raises; a few start the program,
-since what turns that error into a line and an exit status is `errors.reported`.
+Most cases call `sft.main` in this process and check the error it raises. A few start the program,
+because `errors.reported` turns that error into a line and an exit status.
 """
 
 import gzip
@@ -80,11 +80,22 @@ USER = [{"role": "user", "content": "one"}]
             gzip.compress(records(*[GOOD] * 99).encode())[:-20],
             "not a whole gzip file",
         ),
-        ("x.json", b'{"messages": []}', "x.json:1: expected [, found {; expected one JSON list"),
-        ("x.json", records(GOOD, GOOD).encode(), "x.json:1: expected [, found {"),
-        ("x.json", b"\xff\xfe", "x.json:1: 'utf-8' codec"),
-        ("x.json", b"[" * 100_000, "x.json:1: expected {, found ["),
-        ("x.json", b"[1]", "x.json:1: expected {, found 1"),
+        ("x.json", b'{"messages": []}', "x.json:1: messages is [], expected a list"),
+        ("x.json", records(GOOD).encode() + b"[]", "x.json:2: found a JSON list, expected an obj"),
+        ("x.json", json.dumps({"a": GOOD}, indent=1).encode(), "expected one JSON object a line"),
+        ("x.json", b"\xff\xfe", "x.json:1: not UTF-8"),
+        ("x.json", b"[" * 100_000, "x.json: not JSON (maximum recursion depth"),
+        ("x.json", b"[{},\n{]", "x.json: not JSON (Expecting property name enclosed in double quo"),
+        ("x.json", b"[{},\n{]", "line 2 column 2 (char 6)), expected a list of records"),
+        ("x.json", b'[{"a": "\xff"}]', "x.json: not JSON ('utf-8' codec can't decode byte 0xff"),
+        ("x.json", b'[{"a": 1}] [', "x.json: not JSON (Extra data: line 1 column 12"),
+        ("x.json", b"[1]", "x.json:1: found a JSON int, expected an object"),
+        ("x.json", b"[null]", "x.json:1: found a JSON NoneType, expected an object"),
+        (
+            "x.json",
+            json.dumps([{"messages": GOOD}, {"messages": []}], indent=1).encode(),
+            "x.json:2: messages is [], expected a list",
+        ),
         ("x.parquet", b"PAR1 nonsense", "x.parquet: not a readable parquet file"),
         ("x.parquet", b"", "x.parquet: not a readable parquet file"),
         ("x.txt", b"hello", "x.txt: unknown kind of file, expected .jsonl, .jsonl.gz, .json, .par"),
@@ -92,14 +103,14 @@ USER = [{"role": "user", "content": "one"}]
     ],
 )
 def test_bad_data_file(refused, tmp_path, name, content, expected):
-    """A file of the wrong kind or content is refused by name, and by line where there is one."""
+    """A file of the wrong kind or content is refused by name, and by line where it has lines."""
     (tmp_path / name).write_bytes(content)
     assert expected in refused(data=[str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("depth", [200, 600, 900, 3000])
 def test_deeply_nested_messages(refused, tmp_path, depth):
-    """Nesting that JSON's reader takes, and printing it may not, is refused like other nonsense."""
+    """Deep nesting is refused like any other fault, also where it can be read but not printed."""
     (tmp_path / "x.jsonl").write_text(
         '{"messages": [' + '{"role": "user", "content": ' + "[" * depth + "]" * depth + "}]}"
     )
@@ -127,13 +138,13 @@ def test_token_cache_as_data(refused, base, tmp_path):
 
 
 def test_error_in_the_second_file(refused, conversations, tmp_path):
-    """The error names the file it is in, not the first one."""
+    """An error in the second file names that file."""
     (tmp_path / "x.jsonl").write_text(records(GOOD) + "{\n")
     assert "x.jsonl:2: " in refused(data=[str(conversations), str(tmp_path / "x.jsonl")])
 
 
 def test_error_in_a_large_file(refused, tmp_path):
-    """Workers of a file large enough for several processes report the line, and once."""
+    """In a file large enough for several processes, one error names the line."""
     path, size = tmp_path / "x.jsonl", 5 << 20
     line = records([{"role": "user", "content": "one " * 5000}, GOOD[1]])
     path.write_text(line * (size // len(line)) + "{broken\n" + line * 3)
@@ -141,7 +152,7 @@ def test_error_in_a_large_file(refused, tmp_path):
 
 
 def test_parquet(refused, base, tmp_path, monkeypatch):
-    """Parquet: without pyarrow, without messages, of other types, damaged in the middle."""
+    """Parquet is refused without messages, of other types, empty, damaged, or without pyarrow."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -181,14 +192,14 @@ def test_parquet(refused, base, tmp_path, monkeypatch):
     ids=["BOM", "CRLF", "blank lines", "empty answer", "NaN", "extra fields", "huge line"],
 )
 def test_unusual_but_right(base, tmp_path, content):
-    """What looks odd and is not wrong is read."""
+    """Data that looks odd but is right is read."""
     path = tmp_path / "x.jsonl"
     path.write_text(content, newline="")
     assert len(data.Documents([path], base, 8192, data.encode_conversation)) == 2
 
 
 def test_a_path_given_twice_counts_twice(base, conversations):
-    """Naming a file twice is how one gives it more weight."""
+    """A file that is named twice has twice the weight."""
     documents = data.Documents([conversations] * 2, base, 8192, data.encode_conversation)
     assert len(documents) == 48
 
@@ -223,7 +234,7 @@ TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--n
 
 
 def test_error_line_under_torchrun(base, tmp_path):
-    """Two ranks meet the same error: the line stands there once, and torchrun fails."""
+    """Where two ranks meet the same error, the line is printed once, and torchrun fails."""
     flags = ["--model", base, "--data", tmp_path / "none.jsonl", "--out", tmp_path / "out"]
     done = run_to_the_end(TWO_RANKS, *flags)
     assert done.returncode != 0
@@ -233,7 +244,7 @@ def test_error_line_under_torchrun(base, tmp_path):
 
 
 def test_error_of_one_rank_under_torchrun(base, preferences, tmp_path):
-    """Rank 0 alone looks at the output folder; the other, left waiting for it, has no say."""
+    """An error of rank 0 alone (only it checks the output folder) is printed once, too."""
     (tmp_path / "config.json").write_text("{}")
     flags = ["--model", base, "--data", preferences, "--out", tmp_path]
     done = run_to_the_end(TWO_RANKS, *flags, program=SFT.with_name("dpo.py"))

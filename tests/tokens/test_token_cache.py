@@ -1,11 +1,14 @@
-"""token_cache.py: what is cached is what the tokenizer makes, and nothing else is ever read."""
+"""token_cache.py: a cache holds what the tokenizer makes, and no other cache is ever read."""
 
 import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from conftest import train_tokenizer
 from data import encode_conversation
 from program.errors import InputError
+from program.files import open_locked
 from tokens import readers, token_cache
 from tokens.readers import read_batches
 from tokens.tokenizer import Tokenizer
@@ -20,7 +24,7 @@ from tokens.tokenizer import Tokenizer
 
 @pytest.fixture
 def data(conversations, tmp_path):
-    """A copy of the conversations in a folder of its own, with blank lines in it."""
+    """A copy of the conversations, with blank lines, in a folder of its own."""
     (tmp_path / "data").mkdir()
     path = tmp_path / "data" / "a.jsonl"
     path.write_text(conversations.read_text().replace("\n", "\n\n"))
@@ -43,7 +47,7 @@ def made(monkeypatch):
         original(place, *rest)
 
     monkeypatch.setattr(token_cache, "make_cache", spy)
-    # A tokenizer changed on disk counts from the next process on; here, from the next call on.
+    # A tokenizer changed on disk takes effect in the next process; here, at the next call.
     monkeypatch.setattr(token_cache, "loaded_tokenizer", Tokenizer)
     return made
 
@@ -79,14 +83,14 @@ def test_cache_holds_what_the_tokenizer_makes(data, model):
 
 @pytest.mark.parametrize("records, size", [(1, 1 << 20), (5, 1 << 20), (512, 300), (512, 1 << 20)])
 def test_borders_of_batches_change_nothing(data, model, records, size, monkeypatch):
-    """Batches of one record, of five, of few bytes, or all in one."""
+    """The arrays are equal with batches of one record, of five, of few bytes, or with one batch."""
     monkeypatch.setattr(readers, "BATCH_RECORDS", records)
     monkeypatch.setattr(readers, "BATCH_BYTES", size)
     assert lists(cached(data, model)[0]) == expected(data, model)
 
 
 def in_order(path, model, workers, monkeypatch):
-    """All arrays of a file by way of the pool, with so many workers."""
+    """All arrays of a file, made by the pool with so many workers."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(workers), raising=False)
     encode = functools.partial(token_cache.encode_batch, path, str(model), encode_conversation)
     parts = [arrays for arrays, _ in token_cache.in_order(encode, read_batches(path), 1 << 30)]
@@ -95,13 +99,13 @@ def in_order(path, model, workers, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_number_of_workers_changes_nothing(data, model, workers, monkeypatch):
-    """Other processes, more batches than they can hold at once: the same arrays in order."""
+    """The arrays are equal, and in order, with more batches than the workers hold at once."""
     monkeypatch.setattr(readers, "BATCH_RECORDS", 2)
     assert in_order(data, model, workers, monkeypatch) == list(expected(data, model).values())
 
 
 def test_an_error_in_a_worker_names_file_and_line(data, model, monkeypatch):
-    """As it would without workers."""
+    """An error in a worker names file and line, as it would without workers."""
     monkeypatch.setattr(readers, "BATCH_RECORDS", 2)
     data.write_text(data.read_text() + '{"messages": []}\n')
     with pytest.raises(InputError, match=r"a.jsonl:49: messages is \[\]"):
@@ -109,7 +113,7 @@ def test_an_error_in_a_worker_names_file_and_line(data, model, monkeypatch):
 
 
 class Pool:
-    """Stands for the process pool; a task is done when its result is asked for."""
+    """Replaces the process pool; a task is done when its result is asked for."""
 
     def __init__(self, workers, *rest):
         self.submitted = 0
@@ -126,7 +130,7 @@ class Pool:
 
 
 def test_no_more_is_read_than_workers_can_soon_take(monkeypatch):
-    """Batches read and not yet handed on: at most four per worker, however long the file."""
+    """At most four batches per worker are read and not yet handed on, however long the file."""
     monkeypatch.setattr(token_cache, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     held = []
@@ -145,7 +149,7 @@ def test_no_more_is_read_than_workers_can_soon_take(monkeypatch):
 
 
 def test_cache_is_made_once(data, model, made):
-    """And read from then on, also by the name of another model folder with the same tokenizer."""
+    """A cache is made once; another model folder with the same tokenizer reads it, too."""
     first, key = cached(data, model)
     again, same = cached(data, shutil.copytree(model, model.with_name("copy")))
     assert len(made) == 1 and key == same and lists(first) == lists(again)
@@ -154,7 +158,7 @@ def test_cache_is_made_once(data, model, made):
 
 @pytest.mark.parametrize("change", ["data", "tokenizer", "legacy", "encoding", "format"])
 def test_another_input_is_another_cache(data, model, change, made, monkeypatch):
-    """Data, tokenizer, `legacy`, kind of record and format of the cache all count."""
+    """Other data, tokenizer, `legacy`, encoding or cache format is another cache."""
     before = cached(data, model)
     encode = encode_conversation
     if change == "data":
@@ -178,29 +182,44 @@ def test_another_input_is_another_cache(data, model, change, made, monkeypatch):
     assert cached(data, model)[1] == (before[1] if change == "encoding" else key)
 
 
+def test_every_part_of_a_large_file_counts(tmp_path, model):
+    """For the key, for which a file is read in pieces of 4 MiB."""
+    path, seen = tmp_path / "large", set()
+    content = bytearray(range(256)) * (9 << 12)  # 9 MiB
+    for at in (None, 0, 5 << 20, len(content) - 1):
+        if at is not None:
+            content[at] ^= 1
+        path.write_bytes(content)
+        seen.add(token_cache.cache_key(path, model, encode_conversation))
+    assert len(seen) == 4
+
+
 def cut(place):
     path = place / "tokens"
     path.write_bytes(path.read_bytes()[:-4])
 
 
-def flip(place):
-    path = place / "trained"
-    content = bytearray(path.read_bytes())
-    content[7] ^= 1
-    path.write_bytes(content)
+def cut_odd(place):
+    path = place / "index"
+    path.write_bytes(path.read_bytes()[:-9])
 
 
-def drop(name):
-    return lambda place: (place / name).unlink()
+def cut_row(place):
+    path = place / "index"
+    path.write_bytes(path.read_bytes()[:-32])
 
 
-@pytest.mark.parametrize(
-    "damage", [cut, flip, drop("index"), drop("manifest.json"),
-    lambda place: (place / "manifest.json").write_text("[]")],
-    ids=["cut", "flipped", "index", "manifest", "list"],
-)  # fmt: skip
-def test_a_damaged_cache_is_made_anew(data, model, made, damage, capsys):
-    """With a warning; what was damaged is never read."""
+def empty(place):
+    (place / "trained").write_bytes(b"")
+
+
+def drop(place):
+    (place / "index").unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, cut_odd, cut_row, empty, drop])
+def test_a_cache_cut_short_is_made_again(data, model, made, damage, capsys):
+    """A cache that was cut short is made again, with a warning, and never read."""
     cached(data, model)
     damage(made[0])
     arrays, _ = cached(data, model)
@@ -211,7 +230,7 @@ def test_a_damaged_cache_is_made_anew(data, model, made, damage, capsys):
 
 
 def test_what_was_left_half_made_is_no_cache(data, model, made):
-    """A kill while it was made leaves a `.partial` folder and a lock; both are swept away."""
+    """A kill leaves a `.partial` folder and a lock file; both are swept away."""
     _, key = cached(data, model)
     shutil.move(made[0], made[0].with_name(made[0].name + ".partial"))
     made[0].with_name(made[0].name + ".lock").touch()
@@ -220,7 +239,7 @@ def test_what_was_left_half_made_is_no_cache(data, model, made):
 
 
 def test_a_failure_leaves_nothing(data, model):
-    """Bad data in the middle, or no data at all; also where several ranks meet it at once."""
+    """Bad data, or no data, leaves no file, also where several ranks meet it at once."""
     good = data.read_text()
     for text, problem in ((good + "{\n" + good, ":49: not JSON"), (" \n", ": no records in it")):
         data.write_text(text)
@@ -233,21 +252,21 @@ def test_a_failure_leaves_nothing(data, model):
 
 
 def test_many_that_start_at_once_make_it_once(data, model, made):
-    """One holds the lock, the others wait and read (threads here; locks are of open files)."""
+    """Of many at once, one makes the cache (threads here: locks belong to open files)."""
     with ThreadPoolExecutor(6) as pool:
-        found = list(pool.map(lambda _: cached(data, model), range(6)))
+        results = list(pool.map(lambda _: cached(data, model), range(6)))
     assert len(made) == 1
-    for arrays, _ in found:
+    for arrays, _ in results:
         assert lists(arrays) == expected(data, model)
 
 
 def test_a_lock_is_held_on_the_file_that_is_there(tmp_path):
-    """Who waited for a lock that was unlinked meanwhile does not hold it beside a newcomer."""
+    """Whoever waited for a lock file that was unlinked then locks the new one of that name."""
     path = tmp_path / "lock"
-    first = token_cache.open_locked(path)
+    first = open_locked(path)
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(token_cache.open_locked, path)
-        time.sleep(0.2)  # until it waits; were it slower still, the test would only see less
+        waiting = pool.submit(open_locked, path)
+        time.sleep(0.2)  # until it waits; if it is slower, the test only sees less
         assert not waiting.done()
         path.unlink()
         first.close()
@@ -256,11 +275,11 @@ def test_a_lock_is_held_on_the_file_that_is_there(tmp_path):
 
 
 def test_where_the_data_cannot_be_written_the_fallback_is_used(data, model, made, tmp_path):
-    """And found there again; without one, the error names the place."""
+    """The fallback is used, and found again; without one, the error names the place."""
     probe, _ = cached(data, model)
     place = made[0]
     shutil.rmtree(place)
-    # A folder in the lock's place stops even root, whom permissions would not.
+    # A folder in the lock file's place stops even root, whom permissions do not.
     place.with_name(place.name + ".lock").mkdir()
     with pytest.raises(InputError, match="a.jsonl.tokens-.*token cache needs a place"):
         cached(data, model)
@@ -268,3 +287,10 @@ def test_where_the_data_cannot_be_written_the_fallback_is_used(data, model, made
         arrays, _ = cached(data, model, fallback=tmp_path / "new" / "out")
         assert lists(arrays) == expected(data, model)
     assert made[1:] == [tmp_path / "new" / "out" / place.name]
+
+
+def test_workers_do_not_import_torch():
+    """The modules of a worker do not import torch, which takes seconds and memory."""
+    code = "import sys, tokens.token_cache, tokens.records; assert 'torch' not in sys.modules"
+    root = Path(token_cache.__file__).parents[1]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

@@ -1,4 +1,4 @@
-"""The token cache when its files are damaged, its builders killed or racing, the disk full."""
+"""The token cache where files are cut short, builders are killed or race, or the disk is full."""
 
 import errno
 import os
@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import data
-from harm import FORKS, cut_short, flip_byte
+from harm import FORKS, cut_short
 from program.errors import InputError, RunError
 from tokens import token_cache
 
 
 @pytest.fixture
 def cached(base, conversations, tmp_path):
-    """A data file with its token cache, and a function that reads it anew."""
+    """A data file, and a function that reads it through its token cache."""
     path = Path(shutil.copy(conversations, tmp_path))
 
     def read(fallback=None):
@@ -30,10 +30,10 @@ def cached(base, conversations, tmp_path):
     return path, read
 
 
-@pytest.mark.parametrize("harm", [cut_short, flip_byte, Path.unlink])
-@pytest.mark.parametrize("name", ["tokens", "trained", "index", "manifest.json"])
+@pytest.mark.parametrize("harm", [cut_short, Path.unlink])
+@pytest.mark.parametrize("name", ["tokens", "trained", "index"])
 def test_damaged_cache(cached, name, harm, capsys):
-    """A cache of which any file is cut short, changed or gone is made anew."""
+    """A cache of which any file is cut short or missing is made again."""
     path, read = cached
     expected = read()
     (cache,) = path.parent.glob("*.tokens-*")
@@ -46,7 +46,7 @@ def test_damaged_cache(cached, name, harm, capsys):
 
 
 def test_killed_builder(cached):
-    """What a killed builder left behind hinders nobody."""
+    """What a killed builder left behind is swept away by the next."""
     path, read = cached
     expected = read()
     (cache,) = path.parent.glob("*.tokens-*")
@@ -57,7 +57,7 @@ def test_killed_builder(cached):
 
 
 def test_builders_at_once(cached, base):
-    """Two processes start at once; one builds, both read the same."""
+    """Two processes that start at once make one cache, and both can read it."""
     path, read = cached
     builders = [FORKS.Process(target=build, args=(path, base)) for _ in range(2)]
     for builder in builders:
@@ -75,7 +75,7 @@ def build(path, base):
 
 
 def test_data_folder_that_cannot_be_written(cached, tmp_path, monkeypatch):
-    """The cache then stands in the output folder; where there is none, an error says so."""
+    """The cache then stands in the output folder; without one, an error says so."""
     path, read = cached
 
     def read_only(name, mode="r", *rest, **options):
@@ -95,13 +95,13 @@ def test_data_folder_that_cannot_be_written(cached, tmp_path, monkeypatch):
 
 
 def test_full_disk_for_the_cache(cached, monkeypatch):
-    """An error that names the cache, and nothing half made."""
+    """A full disk gives an error that names the cache, and leaves nothing half made."""
     path, read = cached
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(token_cache.json, "dumps", full)
+    monkeypatch.setattr(token_cache, "fsync", full)
     with pytest.raises(RunError, match="conversations.jsonl.tokens-.*No space left on device"):
         read()
     assert list(path.parent.iterdir()) == [path]
@@ -109,7 +109,7 @@ def test_full_disk_for_the_cache(cached, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_builder(base, conversations, tmp_path, number):
-    """Killed or interrupted while all cores tokenise, no worker stays, and none complains."""
+    """When a run is killed or interrupted while all cores tokenise, its workers end quietly."""
     path = tmp_path / "large.jsonl"
     path.write_bytes(conversations.read_bytes() * 5000)
     command = [sys.executable, data.__file__, "--model", base, "--data", path]
@@ -135,13 +135,13 @@ def test_workers_end_with_their_builder(base, conversations, tmp_path, number):
 
 
 def sessions(leader):
-    """The living processes of the session of `leader`, itself aside."""
-    found = []
+    """The living processes of `leader`'s session, without `leader`."""
+    living = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             pid, rest = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if rest[0] != "Z" and int(rest[3]) == leader and pid != leader:
-            found.append(pid)
-    return found
+            living.append(pid)
+    return living

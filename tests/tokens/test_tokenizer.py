@@ -1,5 +1,5 @@
-"""chat.py against transformers, which loads what `save_tokenizer` wrote, and against tokens
-written out by hand."""
+"""Our token ids against transformers', which loads what `save_tokenizer` wrote, and our loss mask
+against tokens written out by hand."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ FRAGMENTS = st.one_of(
     st.tuples(st.sampled_from("-=#.*_x/▁"), st.integers(1, 100)).map(lambda t: t[0] * t[1]),
 )
 CONTENTS = st.lists(FRAGMENTS, max_size=6).map("".join)
-# The three texts that are special tokens to transformers and text to us.
+# Without the three texts that are special tokens for transformers and text for us.
 PLAIN = CONTENTS.filter(lambda text: not any(s in text for s in ("<s>", "</s>", "<unk>")))
 
 
@@ -40,7 +40,7 @@ def chats(contents):
     return st.lists(message, min_size=1, max_size=6)
 
 
-# The fixtures are the same for all examples; times vary with the machine's load.
+# The fixtures are the same for all examples, and times vary with the load of the machine.
 PROPERTY = {
     "derandomize": True,
     "deadline": None,
@@ -56,7 +56,7 @@ def turns(*contents, first="user"):
 
 
 def pair(model, folder, **config):
-    """Our tokenizer of a base folder with this config, and transformers' of what we saved."""
+    """Our tokenizer of a base folder with this config, and transformers' tokenizer of our copy."""
     (folder / "base").mkdir()
     (folder / "saved").mkdir()
     shutil.copyfile(model, folder / "base" / "tokenizer.model")
@@ -99,7 +99,7 @@ def assert_same_ids(both, messages):
 @example(turns("", "", "", ""))
 @example(turns(*(" " * n + "x" + " " * n + "y" for n in (1, 2, 3, 15, 16, 17, 31, 100))))
 def test_ids_equal_transformers_with_a_tiny_tokenizer(tiny, messages):
-    """Any messages, with and without generation prompt, under every `legacy`."""
+    """Any messages give equal ids, with and without generation prompt, under every `legacy`."""
     assert_same_ids(tiny, messages)
 
 
@@ -108,12 +108,12 @@ def test_ids_equal_transformers_with_a_tiny_tokenizer(tiny, messages):
 @example(turns(*("a" + " " * n + "b\n" + " " * n + "c" for n in range(1, 100))))
 @example(turns("word " * 3000, "def f():\n\treturn 0\n" * 800))
 def test_ids_equal_transformers_with_llama_2s_tokenizer(real, messages):
-    """The same with 32,000 pieces, whose runs of spaces are pieces that tie."""
+    """The same holds with 32,000 pieces, whose runs of spaces are pieces that tie."""
     assert_same_ids(real, messages)
 
 
 def test_ids_equal_transformers_on_real_conversations(real, real_data):
-    """Code with its indentation, LaTeX and the like: every eighth conversation of the file."""
+    """Indented code, LaTeX and the like give equal ids: every eighth conversation of the file."""
     lines = (real_data / "sft" / "code_alpaca_gsm8k.jsonl").read_text().splitlines()[::8]
     for line in lines:
         assert_same_ids(real, json.loads(line)["messages"])
@@ -122,28 +122,28 @@ def test_ids_equal_transformers_on_real_conversations(real, real_data):
 @settings(max_examples=60, **PROPERTY)
 @given(st.lists(st.sampled_from(["</s>", "<s>", "<unk>", "a", " ", "\n", "</", "s>"]), max_size=9))
 def test_special_tokens_in_a_text_stay_text(tiny, fragments):
-    """BOS and EOS come from the format alone, unknown never, and decoding gives the text back."""
+    """BOS and EOS come from the format alone, and decoding gives the text back."""
     tokenizer, content = tiny[0], "".join(fragments)
     ids, trained = tokenizer.encode(turns(content, content))
     assert (ids[0], ids[-1], sum(i <= 2 for i in ids)) == (1, 2, 2)
     expected = f"<|user|>\n{content.strip()}\n<|assistant|>\n{content.strip()}"
     assert tokenizer.decode(ids[1:-1]) == expected
     answer = [i for i, t in zip(ids, trained, strict=True) if t]
-    # A piece before the answer, so that decode takes no space of its own for SentencePiece's.
+    # A piece before the answer, because decode drops a space at the beginning of a text.
     assert tokenizer.decode([tokenizer.line_feed, *answer]) == "\n" + content.strip()
 
 
 @settings(max_examples=60, **PROPERTY)
 @given(CONTENTS.filter(lambda text: "▁" not in text))
 def test_decode_gives_the_content_back(tiny, content):
-    """Nothing is normalised away ("▁" itself excepted: SentencePiece's sign for a space)."""
+    """Nothing is normalised away (except "▁" itself, SentencePiece's sign for a space)."""
     tokenizer = tiny[0]
     expected = f"<|user|>\n{content.strip()}\n<|assistant|>\n"
     assert tokenizer.decode(tokenizer.prompt(turns(content))) == expected
 
 
 def by_id(tokenizer):
-    """tokenizer.json as transformers 5 makes it from a vocabulary: merges in order of id."""
+    """Vocabulary and merges as transformers 5 makes them: merges in the order of their ids."""
     sp = tokenizer.sp
     vocab = {sp.id_to_piece(i): i for i in range(sp.vocab_size())}
     pieces = [p for p in vocab if not (sp.is_byte(vocab[p]) or sp.is_control(vocab[p]))]
@@ -152,8 +152,8 @@ def by_id(tokenizer):
     return vocab, sorted(merges, key=lambda m: (vocab[m[0] + m[1]], len(m[0]), len(m[1])))
 
 
-def test_a_wrong_tokenizer_json_is_set_right(real_data, tmp_path):
-    """transformers' own file for Llama 2 merges spaces before letters; ours does not."""
+def test_a_wrong_tokenizer_json_is_corrected(real_data, tmp_path):
+    """transformers' own file for Llama 2 merges spaces in another order, and is corrected."""
     model = real_data / "llama2-tokenizer" / "tokenizer.model"
     shutil.copyfile(model, tmp_path / "tokenizer.model")
     ours = Tokenizer(tmp_path)
@@ -171,7 +171,7 @@ def test_a_wrong_tokenizer_json_is_set_right(real_data, tmp_path):
 
 
 def test_a_right_tokenizer_json_is_copied(real_data, tmp_path):
-    """Llama 2's own: by score, where the splits of one piece stand in the order of their ids."""
+    """A file like Llama 2's own is kept: by score, the splits of one piece in order of id."""
     model = real_data / "llama2-tokenizer" / "tokenizer.model"
     shutil.copyfile(model, tmp_path / "tokenizer.model")
     ours = Tokenizer(tmp_path)
@@ -191,14 +191,14 @@ def test_a_right_tokenizer_json_is_copied(real_data, tmp_path):
 
 
 def test_plain_text_gets_one_bos(tiny):
-    """As from Llama's own tokenizer, for whoever uses the saved model without the chat format."""
+    """Without the chat format, the saved tokenizer puts one BOS before a text, as Llama's does."""
     ours, theirs = tiny
     assert theirs("The dog").input_ids == [1, *ours.sp.encode("The dog")]
     assert theirs.decode(theirs("The dog").input_ids, skip_special_tokens=True) == "The dog"
 
 
 def test_saving_what_was_saved_changes_nothing(tiny, tmp_path):
-    """DPO starts from the folder that SFT wrote: the same three files come out."""
+    """From the folder that SFT wrote, DPO writes the same three files."""
     ours, theirs = tiny
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
@@ -218,7 +218,7 @@ def piece_field(text, score_bytes=b"\0\0\0\0"):
 
 
 def test_a_vocabulary_like_code_llamas(real_data, tmp_path):
-    """16 more pieces, 32,016 in all, and a config for another class with tokens for infilling."""
+    """32,016 pieces, and a config for another class with tokens for infilling, work alike."""
     model = (real_data / "llama2-tokenizer" / "tokenizer.model").read_bytes()
     infill = ["▁<SU", "▁<SUF", "▁<PRE", "▁<M", "▁<MID", "▁<E", "▁<EOT"]
     infill += [f"▁<{name}>" for name in ("PRE", "SUF", "MID", "EOT")] + list("ᚠᚢᚦᚨᚱ")
@@ -244,7 +244,7 @@ def test_a_vocabulary_like_code_llamas(real_data, tmp_path):
 
 
 def spell(tokenizer, messages):
-    """Pieces of a conversation as one string, trained ones in capital brackets."""
+    """Pieces of a conversation as one string, with brackets around trained ones."""
     ids, trained = tokenizer.encode(messages)
     assert len(ids) == len(trained) and all(isinstance(i, int) for i in ids)
     spans, before = "", False
@@ -294,13 +294,13 @@ HAND_MADE = {
 
 @pytest.mark.parametrize("name", HAND_MADE)
 def test_content_and_eos_of_every_answer_are_trained(tiny, name):
-    """And nothing else: no tag, no line feed before or after them, no other role."""
+    """Content and EOS are trained, and no tag, no line feed around them and no other role is."""
     messages, expected = HAND_MADE[name]
     assert spell(tiny[0], messages) == expected.format(" " if tiny[0].legacy else "")
 
 
 def test_one_conversation_token_by_token(tokenizer_folder):
-    """Ids and mask of the whole, written out as pieces."""
+    """Pieces and mask of one conversation are as written out here."""
     tokenizer = Tokenizer(tokenizer_folder)
     ids, trained = tokenizer.encode(turns("The dog", "is  4", "z"))
     pieces = [tokenizer.sp.id_to_piece(i) for i in ids]
@@ -311,11 +311,25 @@ def test_one_conversation_token_by_token(tokenizer_folder):
     assert trained == [False] * 14 + [True] * 4 + [False] * 7
 
 
+def test_the_docstring_shows_what_llama_2s_tokenizer_makes(real):
+    """Pieces, ids and mask of the example in `Tokenizer.encode` are what it returns."""
+    tokenizer = real[0]
+    ids, trained = tokenizer.encode(turns("Hi", "Hello!"))
+    rows = [line.split() for line in Tokenizer.encode.__doc__.split("):\n")[1].splitlines()]
+    rows = [row for row in rows if row]  # pieces, ids, marks, and the same of the second half
+    pieces, numbers, marks = (rows[k] + rows[k + 3] for k in range(3))
+    assert [piece.replace("⏎", "<0x0A>") for piece in pieces] == [
+        tokenizer.sp.id_to_piece(i) for i in ids
+    ]
+    assert list(map(int, numbers)) == ids
+    assert [mark == "^" for mark in marks] == trained
+
+
 @settings(max_examples=40, **PROPERTY)
 @given(chats(PLAIN))
 def test_mask_equals_re_tokenised_prefixes(tiny, messages):
-    """What transformers makes of the template up to each answer, and up to its end, is a prefix of
-    the whole; what lies between them is trained."""
+    """transformers' ids of the chat up to each answer, and to its end, are prefixes of the whole;
+    what lies between them is trained."""
     ours, theirs = tiny
     whole = render(theirs, messages)
     expected = [False] * len(whole)
@@ -354,14 +368,14 @@ def test_mask_equals_re_tokenised_prefixes(tiny, messages):
     ],
 )
 def test_a_tokenizer_of_another_kind_is_refused(problem, changes, tmp_path):
-    """Each property that encoding relies on, taken away, is named."""
+    """A model that lacks a property that encoding relies on is refused, and the property named."""
     train_tokenizer(tmp_path, **changes)
     with pytest.raises(InputError, match=problem):
         Tokenizer(tmp_path)
 
 
 def test_unreadable_tokenizers_are_refused(tokenizer_folder, tmp_path):
-    """No file, a file of another kind, a config that is not JSON or no object."""
+    """A missing file, one of another kind, and a config that is no JSON object are refused."""
     with pytest.raises(InputError, match="no such file"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_text("not protobuf")

@@ -46,10 +46,10 @@ def pairs_alone(preferences, tmp_path):
 def reference(base, pairs_alone, tmp_path):
     """`reference()`: computed or read as dpo.py does it, and the file it is kept in, if there."""
     model, device = loaded(base)
-    documents = Documents([pairs_alone], base, 200, encode_pair, per_record=2)
     config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)
 
     def run():
+        documents = Documents([pairs_alone], base, 200, encode_pair, per_record=2)
         found = reference_logps(model, documents, config, weights_key(base), device)
         return found, next(pairs_alone.parent.glob("*.reference-*"), None)
 
@@ -110,6 +110,26 @@ def test_a_computation_that_was_cut_short_goes_on(reference, computed):
     again, _ = reference()
     assert torch.equal(again, first) and computed
     assert torch.equal(read_reference([kept], None), first)
+
+
+def test_thousands_of_pairs_are_computed_once_each(
+    reference, preferences, pairs_alone, monkeypatch
+):
+    """Over the borders of what is written at a time: 1,024 pairs, 1,024 more, and the last two."""
+    shortest = min(preferences.read_text().splitlines(True), key=len)
+    pairs_alone.write_text(shortest * 2050)
+    asked = []
+
+    def numbers(model, documents, pairs, device):
+        asked.extend(pairs)
+        return torch.stack([torch.tensor(pairs), -torch.tensor(pairs)], 1).double()
+
+    monkeypatch.setattr(reference_module, "answer_logps", numbers)
+    found, kept = reference()
+    expected = torch.arange(2050, dtype=torch.float64)
+    assert torch.equal(found, torch.stack([expected, -expected], 1))
+    assert sorted(asked) == list(range(2050))
+    assert torch.equal(read_reference([kept], None), found)
 
 
 @pytest.mark.parametrize(

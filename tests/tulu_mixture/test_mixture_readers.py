@@ -12,7 +12,7 @@ from tulu_mixture.readers import list_items, records
 
 
 def test_list_items_at_every_chunk_size():
-    """Wherever a read ends, in a string, escape, number or character, the records are equal."""
+    """The records are equal wherever a read ends: in a string, escape, number or character."""
     items = [
         {"a": 'quote " brace } bracket ] \\ back\\"', "b": [1, 22, {"c": None}]},
         {},
@@ -47,7 +47,7 @@ def test_list_items_at_every_chunk_size():
     ],
 )
 def test_broken_lists(text, items, message):
-    """The records before the fault come, then what is wrong, at any chunk size."""
+    """At any chunk size the records before the fault come, then an error says what is wrong."""
     for size in (1, 3, 1000):
         got, rows = 0, list_items(io.BytesIO(text.encode()), size)
         with pytest.raises(ValueError, match=message):
@@ -57,8 +57,8 @@ def test_broken_lists(text, items, message):
 
 
 def test_a_broken_list_is_not_read_to_its_end(monkeypatch):
-    """What is no record is given up after a bounded number of characters."""
-    monkeypatch.setattr("tokens.readers.LONGEST", 1000)
+    """Reading stops a bounded number of characters after a fault."""
+    monkeypatch.setattr("tulu_mixture.readers.LONGEST", 1000)
     broken = io.BytesIO(b'[{"a" 1}' + b" " * 1_000_000 + b"]")
     with pytest.raises(ValueError):
         list(list_items(broken, 10))
@@ -68,26 +68,26 @@ def test_a_broken_list_is_not_read_to_its_end(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b'{"inputs": "q"}\n\n{"inputs": \n', "a.jsonl: line 3: broken JSON"),
-        ("a.jsonl", b'{}\n{"a": "\xff"}\n', "a.jsonl: line 2: not UTF-8"),
-        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "a.jsonl: line 1: Exceeds the limit"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl: line 1: JSON nested too deeply"),
-        ("a.json", b'[{}, {"a": "\xff"}]', "not UTF-8"),
-        ("a.json", b'[{}, {"a": "\xe5\xad', "record 2: not UTF-8"),
-        ("a.json", b"[{}, {]", "a.json: record 2: broken JSON: Expecting property name"),
-        ("a.json", b'[{"a": ' + b"[" * 100_000, "a.json: record 1: JSON nested too deeply"),
-        ("a.jsonl.gz", b"plain", "a.jsonl.gz: line 1: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "a.jsonl.gz: line "),
+        ("a.jsonl", b'{"inputs": "q"}\n\n{"inputs": \n', "a.jsonl:3: not JSON (Expecting value"),
+        ("a.jsonl", b'{}\n{"a": "\xff"}\n', "a.jsonl:2: not UTF-8"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: not JSON (Exceeds the limit"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl:1: not JSON (maximum recursion depth"),
+        ("a.json", b'[{}, {"a": "\xff"}]', "a.json:1: not UTF-8"),
+        ("a.json", b'[{}, {"a": "\xe5\xad', "a.json:2: not UTF-8"),
+        ("a.json", b"[{}, {]", "a.json:2: not JSON: Expecting property name"),
+        ("a.json", b'[{"a": ' + b"[" * 100_000, "a.json:1: JSON nested too deeply"),
+        ("a.jsonl.gz", b"plain", "a.jsonl.gz:1: not a whole gzip file (Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b"{}\n" * 9)[:-9], "a.jsonl.gz:"),
         ("a.parquet", b"PAR1", "a.parquet: not a readable parquet file"),
-        ("a.csv", b'Prompt,Output\n"q,a\n', "a.csv: record 1: unexpected end of data"),
-        ("a.csv", b"Prompt,Output\nq,a\nq\n", "a.csv: record 2: a row of other length"),
-        ("a.csv", b"Prompt,Output\nq,a,b\n", "a.csv: record 1: a row of other length"),
-        ("a.csv", b"Prompt,Output\nq,\xff\n", "a.csv: record 1: not UTF-8"),
+        ("a.csv", b'Prompt,Output\n"q,a\n', "a.csv:1: unexpected end of data"),
+        ("a.csv", b"Prompt,Output\nq,a\nq\n", "a.csv:2: found a row of other length"),
+        ("a.csv", b"Prompt,Output\nq,a,b\n", "a.csv:1: found a row of other length"),
+        ("a.csv", b"Prompt,Output\nq,\xff\n", "a.csv:1: not UTF-8"),
         ("a.txt", b"", "a.txt: expected a file name that ends in .jsonl"),
     ],
 )
 def test_unreadable_files(tmp_path, name, data, message):
-    """File, place and reason of whatever cannot be read."""
+    """The error names the file, the place in it and the reason."""
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError) as error:
         list(records(tmp_path / name))
@@ -95,7 +95,7 @@ def test_unreadable_files(tmp_path, name, data, message):
 
 
 def test_parquet_is_read_in_pieces(tmp_path):
-    """Of a file of one row group, memory holds a small part."""
+    """Of a file with one row group, memory holds a small part."""
     import pyarrow
     import pyarrow.parquet
 
@@ -105,13 +105,13 @@ def test_parquet_is_read_in_pieces(tmp_path):
     del table
     before, rows = pyarrow.total_allocated_bytes(), records(path)
     next(rows)
-    # 40,000 * 500 bytes = 20 MB. Held: a batch of 1,024 rows and read buffers of 1 MiB.
+    # 40,000 * 500 bytes = 20 MB. Held: a batch of 512 rows and read buffers of 1 MiB.
     assert pyarrow.total_allocated_bytes() - before < 6_000_000
     assert sum(1 for _ in rows) == 39_999
 
 
 def test_parquet_is_optional(tmp_path, monkeypatch):
-    """Without pyarrow, a parquet file says what to install."""
+    """Without pyarrow, the error for a parquet file says what to install."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(InputError, match="a.parquet: .* pip install pyarrow"):
         list(records(tmp_path / "a.parquet"))
