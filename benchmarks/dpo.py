@@ -48,6 +48,7 @@ class DPOBenchConfig(inputs.InputFlags):
     beta: float = 0.1  # how strongly the reference holds
     lr: float = 1e-5  # first rate, linear to 0; high, so that wrong gradients show in the losses
     trl: bool = True  # beside TRL's DPOTrainer, if it is installed
+    toy: bool = False  # a tiny model, to rehearse
     out: str = "results/dpo.json"  # the figures
 
 

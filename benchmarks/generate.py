@@ -48,6 +48,7 @@ class GenerateBenchConfig(inputs.InputFlags):
 
     prompts: int = 64  # the first of the file; one at a time an eighth of them
     rounds: int = 5  # in each of them both loops run once, taking turns to begin
+    toy: bool = False  # a tiny model, to rehearse
     out: str = "results/generate.json"  # the figures
 
 

@@ -40,12 +40,11 @@ FIXED = {
 
 @dataclass(frozen=True)
 class InputFlags:
-    """Flags of every benchmark that reads records and makes a model for them."""
+    """Flags of every benchmark that reads records."""
 
     data: str | None = None  # file of records (default: the one of $TULU_DATA that is named above)
     tokenizer: str | None = None  # folder of a tokenizer.model (default: Llama 2's of $TULU_DATA)
     seed: int = 42  # of the weights, and of the order of the data
-    toy: bool = False  # a tiny model, to rehearse
 
 
 def input_file(given, default, flag):

@@ -145,7 +145,7 @@ def write(name, flags, arguments, device, **content):
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "toy": flags.toy,
+        "toy": getattr(flags, "toy", False),
         **content,
     }
     path = Path(flags.out)

@@ -34,6 +34,7 @@ class MemoryBenchConfig(InputFlags):
 
     pairs: int = 16  # the first of the file, all of them in one row
     max_seq_len: int = 512  # tokens of prompt and answer; a longer one is cut on the right
+    toy: bool = False  # a tiny model, to rehearse
     out: str = "results/memory.json"  # the figures
 
 

@@ -2,9 +2,9 @@
 
     python bench.py packing --data FILE --tokenizer DIR        writes results/packing.json
 
-The conversations are those of the first update that sft.py would draw. A padded batch is as wide
-as its longest conversation; EasyLM, which trained Tulu 2, padded all of them to 8,192 tokens.
-`python plot.py packing` draws the file.
+Default data: sft/code_alpaca_gsm8k.jsonl. The conversations are those of sft.py's first update. A
+padded batch is as wide as its longest conversation; EasyLM, which trained Tulu 2, padded all of
+them to 8,192 tokens. `python plot.py packing` draws the file.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.loops import first_documents
+from benchmarks.inputs import InputFlags, first_documents
 from benchmarks.measure import write
 from data import plan_rows, update_members
 from program.flags import parse_args
@@ -22,15 +22,12 @@ from tokens.records import encode_conversation
 
 
 @dataclass(frozen=True)
-class PackingConfig:
+class PackingConfig(InputFlags):
     """Flags of `python bench.py packing`; the defaults are sft.py's."""
 
-    data: str | None = None  # conversations (default: code_alpaca_gsm8k.jsonl of $TULU_DATA)
-    tokenizer: str | None = None  # folder of a tokenizer.model (default: Llama 2's of $TULU_DATA)
     batch_size: int = 128  # conversations in one update
     micro_tokens: int = 16384  # most tokens in one packed row
     max_seq_len: int = 8192  # tokens; a longer conversation is cut on the right
-    seed: int = 42  # of the order of the data
     out: str = "results/packing.json"  # the counts
 
 
@@ -47,17 +44,10 @@ def main(arguments):
         trained = [np.flatnonzero(mask).tolist() for _, mask in update]
     rows = plan_rows(np.array(lengths), 1, config.micro_tokens, 4096)[0]  # 7B's hidden_size
     counts = computed(lengths, rows, config.max_seq_len)
-    write(
-        config.out,
-        " ".join(["python bench.py packing", *arguments]),
-        device,
-        data=Path(config.data or default).name,
-        row_tokens=config.micro_tokens,
-        lengths=lengths,
-        trained=[spans(positions) for positions in trained],
-        rows=[[int(i) for i in row] for row in rows],
-        computed_tokens=counts,
-    )
+    facts = {"data": Path(config.data or default).name, "row_tokens": config.micro_tokens}
+    facts |= {"lengths": lengths, "trained": [spans(positions) for positions in trained]}
+    facts |= {"rows": [list(map(int, row)) for row in rows], "computed_tokens": counts}
+    write("packing", config, arguments, device, **facts)
     for layout, tokens in counts.items():
         print(f"{layout:<28} {tokens:>9,} tokens, {sum(lengths) / tokens:6.1%} of them useful")
 

@@ -42,6 +42,7 @@ class SFTBenchConfig(inputs.InputFlags):
     micro_tokens: int = 16384  # most tokens in one forward pass of our loop
     lr: float = 1e-3  # peak learning rate: high, so that wrong gradients would show in the losses
     warmup_ratio: float = 0.1  # share of all updates
+    toy: bool = False  # a tiny model, to rehearse
     out: str = "results/sft.json"  # the figures
 
 
