@@ -4,8 +4,8 @@
 #   runs/code_tulu2.sh 7b|13b|34b CODE_LLAMA_DIR MIXTURE [torchrun's flags, e.g. --nnodes 2 …]
 #
 # CODE_LLAMA_DIR: Code Llama as a Hugging Face folder. MIXTURE: the Tulu V2 mixture (mixture.py's,
-# or the released data set). All GPUs of the machine are used; the result is
-# runs/code-tulu-2-SIZE. Started again after an interruption, it goes on.
+# or the released data set). Uses all GPUs of the machine. The result is runs/code-tulu-2-SIZE. Run it
+# again after an interruption: it continues.
 #
 # Hyper-parameters: Ivison et al. 2023, appendix B; the paper gives no other rate for the 34B.
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From nothing to a tiny model that was fine-tuned, taught preferences, scored, and can be talked to:
+# From nothing to a tiny model that is fine-tuned, taught preferences, scored, and ready to chat:
 #   runs/demo.sh            under five minutes on 2 CPU cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 torchrun sft.py
 torchrun dpo.py
-rm -rf runs/demo/scores  # each start of the demo is a new one
+rm -rf runs/demo/scores  # every run of the demo starts afresh
 for model in base sft dpo; do
   python evaluate.py --model runs/demo/$model --out runs/demo/scores/$model.json
 done
@@ -14,4 +14,4 @@ for question in "What is the largest number among 3 9 4?" "Sort pie ant gold."; 
   echo "> $question"
   python generate.py --prompt "$question"
 done
-[ ! -t 0 ] || python generate.py # where somebody sits at the terminal
+[ ! -t 0 ] || python generate.py # at a terminal: chat

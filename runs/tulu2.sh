@@ -5,10 +5,10 @@
 #
 # LLAMA_DIR: Llama 2 as a Hugging Face folder. MIXTURE: the Tulu V2 mixture (mixture.py's, or the
 # released data set). PREFERENCES: ultrafeedback_binarized, train_prefs of November 2023.
-# All GPUs of the machine are used; results are runs/tulu-2-SIZE and runs/tulu-2-dpo-SIZE. Started
-# again after an interruption, it goes on.
+# Uses all GPUs of the machine. The results are runs/tulu-2-SIZE and runs/tulu-2-dpo-SIZE. Run it
+# again after an interruption: it continues.
 #
-# Hyper-parameters: Ivison et al. 2023, appendix B. What is not named here is the scripts' default.
+# Hyper-parameters: Ivison et al. 2023, appendix B. All other settings are the programs' defaults.
 set -euo pipefail
 if (($# < 4)); then
   echo "error: found $# arguments, expected 7b|13b|70b LLAMA_DIR MIXTURE PREFERENCES" >&2
@@ -23,7 +23,7 @@ case $size in
 esac
 cd "$(dirname "$0")/.."
 launch=(torchrun --nproc_per_node gpu "$@")
-if [[ ! -e runs/tulu-2-$size/config.json ]]; then # it appears last: where it is, SFT is done
+if [[ ! -e runs/tulu-2-$size/config.json ]]; then # written last: SFT is done
   "${launch[@]}" sft.py --model "$llama" --data "$mixture" --out "runs/tulu-2-$size" \
     --epochs 2 --batch-size 128 --max-seq-len 8192 --lr $rate --warmup-ratio 0.03 --save-every 250
 fi

@@ -1,4 +1,4 @@
-"""benchmarks/: the FLOPs behind the rates, and a rehearsal at toy size."""
+"""benchmarks/: the FLOPs behind the rates, and a rehearsal of every benchmark at toy size."""
 
 import json
 from pathlib import Path
@@ -16,36 +16,36 @@ from program.errors import InputError
 
 
 def test_attention_flops():
-    """Documents of 2 and 3 tokens: 4·n²·H·D, half of it masked; backward is 2.5 times that."""
+    """For documents of 2 and 3 tokens: half of 4·n²·H·D forward, and 2.5 times that backward."""
     flops = measure.attention_flops([2, 3], H=4, D=16)
     assert flops == {"forward": 2 * 13 * 4 * 16, "backward": 5 * 13 * 4 * 16, "both": 7 * 13 * 64}
 
 
 def test_cross_entropy_flops():
-    """Logits, hidden's and the weight's gradient: each 2·N·V·E."""
+    """Logits, gradient of hidden and gradient of the weight take 2·N·V·E each."""
     assert measure.cross_entropy_flops(3, 5, 7) == 2 * 3 * 5 * 7 * 3
 
 
 def test_packed_lengths_fill_the_row():
-    """To the token, with the mean asked for, spread as they should be, the same every time."""
+    """The lengths sum to the row, have the given mean and spread, and never change."""
     for mean, total in ((490, 16384), (1097, 16384), (20, 128), (490, 400_000), (490, 7)):
         lengths = measure.packed_lengths(mean, total)
         assert sum(lengths) == total and min(lengths) >= 1
         assert len(lengths) == max(1, round(total / mean))
         assert lengths == measure.packed_lengths(mean, total)
-    # Of a log-normal distribution, the mean weighted by length is mean · exp(sigma²).
+    # The length-weighted mean of a log-normal distribution is mean · exp(sigma²).
     lengths = measure.packed_lengths(490, 400_000)
     assert sum(n * n for n in lengths) / 400_000 == pytest.approx(490 * np.exp(0.81), rel=0.1)
 
 
 def test_results_without_git(monkeypatch):
-    """A machine that has none gets its figures written all the same."""
+    """Without git the commit is None, and the results can still be written."""
     monkeypatch.setenv("PATH", "")
     assert measure.commit() is None
 
 
 def test_kernels_rehearsal(tmp_path):
-    """`bench.py kernels --toy` writes every row, measured or skipped with its reason."""
+    """`bench.py kernels --toy` writes every row, either with figures or with a reason for none."""
     kernels.main(["--toy", "--out", str(tmp_path / "kernels.json")])
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert {"date", "command", "commit", "device", "versions"} <= results.keys()
@@ -59,7 +59,7 @@ def test_kernels_rehearsal(tmp_path):
 
 
 def test_one_failure_does_not_end_the_comparison(tmp_path, monkeypatch, capsys):
-    """Its reason stands in the file; and what the time no longer allows is left out, saying so."""
+    """The file gives the reason of a failure, and says which rows the time did not allow."""
 
     def broken(hidden, weight, labels):
         raise RuntimeError("no kernel image\nis available")
@@ -81,7 +81,7 @@ def test_one_failure_does_not_end_the_comparison(tmp_path, monkeypatch, capsys):
 
 
 def test_aims():
-    """Each measured figure is put beside its aim; what was not measured is not judged."""
+    """Each measured figure is compared with its aim; a missing figure gets no verdict."""
     shape = {"H": 32, "Hk": 32, "D": 128}
 
     def row(name, provider, forward, backward):
@@ -118,7 +118,7 @@ def test_aims():
 
 @pytest.mark.kernel
 def test_tune_rehearsal(tmp_path, monkeypatch):
-    """`bench.py tune --toy` times the shipped sizes and a few others, and refuses wrong results."""
+    """`bench.py tune --toy` times the shipped sizes and others, and refuses wrong results."""
     few = {name: [(64, 32, 4, 1)] for name in tune.CANDIDATES}
     monkeypatch.setattr(tune, "CANDIDATES", few)
     monkeypatch.setattr(tune, "SOFTMAX", [(64, 4)])
@@ -135,7 +135,7 @@ def test_tune_rehearsal(tmp_path, monkeypatch):
 
 
 def test_layers_that_fit():
-    """About 3.7 GB a block, at 18 bytes a weight: 80 GiB hold some of the 32, a TiB all.
+    """A block takes about 3.7 GB, at 18 bytes a weight: 80 GiB hold some of the 32, a TiB all.
 
     Without recomputation each block keeps 5 GB more.
     """
@@ -145,7 +145,7 @@ def test_layers_that_fit():
 
 
 def test_time_by_kind():
-    """Kernels as the profiler names them; nothing is lost or counted twice."""
+    """Kernels by the profiler's names: each is counted once, under the right kind."""
     kernels = {
         "forward_kernel": 1.0,
         "backward_kv_kernel": 2.0,
@@ -155,12 +155,12 @@ def test_time_by_kind():
         "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": 32.0,
         "Memcpy DtoD (Device -> Device)": 64.0,
     }
-    spent = step.by_kind(kernels.items())
-    assert list(spent.values()) == [3.0, 4.0, 8.0, 32.0, 16.0, 64.0]
+    sums = step.by_kind(kernels.items())
+    assert list(sums.values()) == [3.0, 4.0, 8.0, 32.0, 16.0, 64.0]
 
 
 def test_step_rehearsal(tmp_path):
-    """`bench.py step --toy` trains a tiny model: its loss falls, and all is written."""
+    """`bench.py step --toy` trains a tiny model, whose loss falls, and writes its figures."""
     step.main(["--toy", "--out", str(tmp_path / "step.json")])
     results = json.loads((tmp_path / "step.json").read_text())
     assert results["losses"][-1] < results["losses"][0]
@@ -182,7 +182,7 @@ BLOCK = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 5  # weights of q, k, v, o, and 
 
 
 def test_flops_of_the_loops():
-    """Ours: tokens as they are, half the square; padded: the whole rectangle, the whole square."""
+    """Ours: real tokens and half the square of attention; padded: all positions, all the square."""
     ours = 3 * (6 * BLOCK * 5 + 6 * (2 * 2 + 3 * 3) * 8) + 6 * 11 * 8 * 4
     assert sft.loop_flops(SHAPE, "ours", [2, 3], 4) == ours
     assert sft.loop_flops(SHAPE, "its products", [2, 3], 4) == ours - 3 * 6 * 13 * 8
@@ -225,7 +225,7 @@ def test_sft_rehearsal(base, chats, tmp_path):
 
 
 def test_flops_of_the_dpo_loops():
-    """Ours makes the logits twice; padded, a rectangle of both sides; TRL's, twice at all of it."""
+    """Ours makes the logits twice; padded loops compute a rectangle; TRL makes its logits twice."""
     lengths, head = [2, 3, 3, 3], 2 * 11 * 8
     ours = sft.loop_flops(SHAPE, "ours", lengths, 7)
     assert dpo.loop_flops(SHAPE, "ours", lengths, 7) == ours + head * 7
@@ -236,7 +236,7 @@ def test_flops_of_the_dpo_loops():
 
 @pytest.fixture
 def sums(tmp_path):
-    """Path of 16 pairs of short answers."""
+    """Path of 16 preference pairs with short answers."""
     prompts = [[message("user", f"What is {k} plus 2?")] for k in range(16)]
     answers = [(f"The answer is {k + 2}.", "The fox sleeps. " * (k % 3 + 1)) for k in range(16)]
     records = [pair(prompt, *both) for prompt, both in zip(prompts, answers, strict=True)]
@@ -258,7 +258,7 @@ def test_dpo_rehearsal(base, sums, tmp_path):
 
 
 def test_memory_rehearsal(base, sums, tmp_path):
-    """`bench.py memory --toy` runs sft.py once and dpo.py twice, on the same row of all pairs."""
+    """`bench.py memory --toy` runs sft.py once and dpo.py twice, on one row of all pairs."""
     path = tmp_path / "memory.json"
     flags = ["--toy", "--data", sums, "--tokenizer", base, "--pairs", 5, "--out", path]
     memory.main([*map(str, flags)])
@@ -269,7 +269,7 @@ def test_memory_rehearsal(base, sums, tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux counts it")
 def test_load_rehearsal(base, tmp_path, monkeypatch):
-    """`bench.py load --toy` measures our way (transformers' start takes 20 s) and writes it."""
+    """`bench.py load --toy` measures our way (transformers takes 20 s to start) and writes it."""
     monkeypatch.setattr(load, "WAYS", ("ours",))
     path = tmp_path / "load.json"
     load.main(
@@ -282,13 +282,13 @@ def test_load_rehearsal(base, tmp_path, monkeypatch):
 
 
 def test_bench_names_the_benchmarks():
-    """An unknown benchmark is an input error that lists those there are."""
+    """The error for an unknown benchmark lists the known ones."""
     with pytest.raises(InputError, match="found nope, expected one of dpo, generate, kernels"):
         bench.main(["nope"])
 
 
 def test_generate_rehearsal(tmp_path, real_data):
-    """`bench.py generate --toy`: transformers' very tokens, and figures that belong together."""
+    """`bench.py generate --toy`: same tokens as transformers', and figures that agree."""
     out = tmp_path / "generate.json"
     figures = generate.main(
         ["--toy", "--prompts", "9", "--rounds", "1", "--out", str(out),
@@ -297,7 +297,7 @@ def test_generate_rehearsal(tmp_path, real_data):
     )  # fmt: skip
     assert json.loads(out.read_text())["figures"] == figures
     assert [f["prompts"] for f in figures.values()] == [2, 9]
-    for one in figures.values():
-        assert one["different_answers"] == 0 and one["new_tokens"] > 40 * one["prompts"]
-        rates, seconds = one["tokens_per_second"], one["seconds"]
-        assert rates["ours"] * seconds["ours"][0] == pytest.approx(one["new_tokens"])
+    for batch in figures.values():
+        assert batch["different_answers"] == 0 and batch["new_tokens"] > 40 * batch["prompts"]
+        rates, seconds = batch["tokens_per_second"], batch["seconds"]
+        assert rates["ours"] * seconds["ours"][0] == pytest.approx(batch["new_tokens"])

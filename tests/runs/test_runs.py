@@ -1,4 +1,4 @@
-"""runs/: the commands of the reproductions, with a torchrun that only writes down its arguments."""
+"""runs/: the commands of the scripts, with a torchrun that only writes its arguments to a file."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ mkdir -p "$2" && touch "$2/config.json"
 
 @pytest.fixture
 def start(tmp_path):
-    """`start(script, *arguments)`: the process, and the commands it gave, as lists of words."""
+    """`start(script, *arguments)`: the finished process, and its torchrun commands as lists."""
     repository, log = tmp_path / "repository", tmp_path / "log"
     (repository / "runs").mkdir(parents=True)
     for script in (ROOT / "runs").glob("*.sh"):
@@ -46,7 +46,7 @@ def start(tmp_path):
 
 
 def split(command):
-    """torchrun's own flags, the program's name, and its config from the rest."""
+    """torchrun's own flags, the name of the program, and the config that its flags make."""
     at = next(i for i, word in enumerate(command) if word.endswith(".py"))
     config = {"sft.py": sft.SFTConfig, "dpo.py": dpo.DPOConfig}[command[at]]
     return command[:at], command[at], config(**parse_args(config, command[at + 1 :]))
@@ -54,7 +54,7 @@ def split(command):
 
 @pytest.mark.parametrize("size, rate", [("7b", 2e-5), ("13b", 2e-5), ("70b", 1e-5)])
 def test_tulu_2(start, tmp_path, size, rate):
-    """SFT, then DPO from its result, with appendix B's settings and the paths that were meant."""
+    """SFT, then DPO from its result, with appendix B's settings and the right paths."""
     done, commands = start("tulu2.sh", size, "llama", "mix.jsonl", "/abs/prefs", "--nnodes", "4")
     assert done.returncode == 0, done.stderr
     (launch, first, one), (_, second, two) = map(split, commands)
@@ -72,7 +72,7 @@ def test_tulu_2(start, tmp_path, size, rate):
 
 @pytest.mark.parametrize("size", ["7b", "13b", "34b"])
 def test_code_tulu_2(start, tmp_path, size):
-    """SFT alone."""
+    """SFT alone, with appendix B's settings."""
     done, commands = start("code_tulu2.sh", size, "llama", "mix.jsonl")
     assert done.returncode == 0, done.stderr
     ((_, program, config),) = map(split, commands)
@@ -82,7 +82,7 @@ def test_code_tulu_2(start, tmp_path, size):
 
 
 def test_started_again(start):
-    """What failed is done again, and what is done is not: SFT is not begun anew for DPO's sake."""
+    """A stage that failed runs again; SFT does not run again once it is done."""
     arguments = ("tulu2.sh", "7b", "llama", "mix", "prefs")
     done, commands = start(*arguments, KILLED="1")
     assert done.returncode == 1 and [split(c)[1] for c in commands] == ["sft.py"]
@@ -94,7 +94,7 @@ def test_started_again(start):
 
 @pytest.mark.parametrize("script", ["tulu2.sh", "code_tulu2.sh"])
 def test_bad_arguments(start, script):
-    """Too few, or an unknown size: one line, status 2, nothing started."""
+    """Too few arguments or an unknown size: one line, status 2, nothing started."""
     for arguments in ((), ("7b",), ("7b", "llama"), ("8b", "llama", "mix", "prefs")):
         done, commands = start(script, *arguments)
         assert done.returncode == 2 and not commands
@@ -102,6 +102,6 @@ def test_bad_arguments(start, script):
 
 
 def test_scripts_can_be_started():
-    """As `runs/x.sh`: they are executable."""
+    """The scripts are executable, so that `runs/x.sh` starts them."""
     for script in (ROOT / "runs").glob("*.sh"):
         assert os.access(script, os.X_OK), script

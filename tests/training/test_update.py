@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
+from benchmarks.step import LLAMA_2_7B
 from model import Llama, LlamaConfig
 from program.errors import InputError, RunError
 from program.flags import check_flags, parse_args, resolve, run_facts
@@ -165,14 +166,13 @@ def test_flops_counted_by_hand():
 def test_flops_of_llama_2_7b_are_6n():
     """6.607 billion weights in matrix products (all but embedding and norms): 6 each a token, and
     6·T²·H·D a layer for attention: 3.22 GFLOP a token at T = 4,096."""
-    config = LlamaConfig(32000, 4096, 11008, 32, 32, 32, 128, 1e-5, 1e4, False)
     with torch.device("meta"):
-        model = Llama(config)
+        model = Llama(LLAMA_2_7B)
     matrices = sum(
         p.numel() for n, p in model.named_parameters() if "norm" not in n and "embed" not in n
     )
     assert matrices == pytest.approx(6.607e9, rel=1e-4)
-    flops = model_flops(config, [4096], 4096) / 4096
+    flops = model_flops(LLAMA_2_7B, [4096], 4096) / 4096
     assert flops == 6 * matrices + 32 * 6 * 4096 * 4096
     assert flops - 6 * matrices == pytest.approx(3.22e9, rel=1e-3)
 

@@ -1,4 +1,4 @@
-"""The sources of the mixture: every conversion rule on hand-made records of the real raw schema."""
+"""tulu_mixture/sources.py: every conversion rule, on hand-made records of the raw schemas."""
 
 import itertools
 
@@ -12,14 +12,14 @@ SOURCE = {source.name: source for source in SOURCES}
 
 
 class Draws:
-    """A random stream that gives the numbers it was made with."""
+    """A random stream that returns given numbers."""
 
     def __init__(self, *numbers):
         self.random = iter(numbers).__next__
 
 
 def convert(name, record, *draws):
-    """What a converter yields, split into conversations and reasons."""
+    """The conversations and the reasons that a converter yields."""
     results = list(SOURCE[name].convert(record, Draws(*draws)))
     return [r for r in results if isinstance(r, dict)], [r for r in results if isinstance(r, str)]
 
@@ -46,7 +46,7 @@ def assistant(text):
     ],
 )
 def test_flan_prompt_ends_in_newline_or_colon(name, inputs, prompt):
-    """One newline is added unless there is one, or the last visible character is a colon."""
+    """A newline is added unless there is one, or the last visible character is a colon."""
     made, reasons = convert(name, {"inputs": inputs, "targets": " chat ", "task": "x"})
     assert made == [{"messages": [user(prompt), assistant(" chat ")]}]
     assert reasons == []
@@ -91,19 +91,19 @@ ALL_DELETED = ["trees whose best path ends in an answer with only deleted replie
             ["q", "good", "q2", "a2"],
             [],
         ),
-        # Of equals the first; a mark that is missing counts 0.0, above a negative one.
+        # The first of equals; a missing mark counts 0.0, more than a negative one.
         (prompter("q", reply("a", quality=0.5), reply("b", quality=0.5)), ["q", "a"], []),
         (prompter("q", reply("a", quality=0), reply("b")), ["q", "a"], []),
         (prompter("q", reply("a"), reply("b", quality=0.0)), ["q", "a"], []),
         (prompter("q", reply("a", quality=-0.5), reply("b")), ["q", "b"], []),
-        # Deleted messages, however good, and all below them.
+        # Deleted messages, however good, and all replies below them do not count.
         (
             prompter("q", reply("gone", quality=1.0, deleted=True), reply("a", quality=0.1)),
             ["q", "a"],
             [],
         ),
         (prompter("q", reply("a"), deleted=True), None, ["trees whose first prompt is deleted"]),
-        # The best path ends in nothing, and no second best is tried.
+        # The best path does not end in an answer, and no other path is tried.
         (prompter("q"), None, UNANSWERED),
         (prompter("q", reply("a", deleted=True)), None, UNANSWERED),
         (
@@ -115,7 +115,7 @@ ALL_DELETED = ["trees whose best path ends in an answer with only deleted replie
     ],
 )
 def test_oasst1_follows_the_best_path(prompt, path, reasons):
-    """One conversation a tree, or none: best reply, first of equals, deleted ones left out."""
+    """A tree gives at most one conversation: best reply, first of equals, none that is deleted."""
     made, left_out = convert("oasst1", {"message_tree_id": "t", "prompt": prompt})
     expected = [f(text) for f, text in zip(itertools.cycle((user, assistant)), path or [])]
     assert made == ([{"messages": expected}] if path else [])
@@ -123,14 +123,14 @@ def test_oasst1_follows_the_best_path(prompt, path, reasons):
 
 
 def test_oasst1_without_any_labels():
-    """A message without the field `labels` is as one without a quality mark."""
+    """A message without the field `labels` counts as one without a quality mark."""
     tree = prompter("q", reply("a"))
     del tree["replies"][0]["labels"], tree["labels"]
     assert convert("oasst1", {"prompt": tree})[0] == [{"messages": [user("q"), assistant("a")]}]
 
 
 def test_lima_cuts_an_odd_last_message():
-    """Texts are user and assistant in turn; a last one without an answer goes, and is counted."""
+    """Texts are by user and assistant in turn; a last one without an answer is cut and counted."""
     even = {"conversations": ["q", "a", "q2", "a2"], "source": "multi_turn"}
     odd = {"conversations": ["q", "a", "q2"], "source": "multi_turn"}
     messages = [user("q"), assistant("a"), user("q2"), assistant("a2")]
@@ -140,7 +140,7 @@ def test_lima_cuts_an_odd_last_message():
 
 
 def test_template_weights():
-    """14 templates each; the weights are twentieths, sum to 1, and the plainest has a fifth."""
+    """14 templates each; their weights are twentieths and sum to 1; the plainest has a fifth."""
     for templates in (WITH_INPUT, WITHOUT_INPUT):
         weights = [weight for weight, _, _ in templates]
         assert sum(weights) == 20
@@ -176,14 +176,14 @@ def test_alpaca_templates(name, draw, given, prompt, answer):
 
 
 def test_alpaca_text_is_no_template():
-    """Braces in a text stay what they are."""
+    """Braces in a text stay as they are."""
     record = {"instruction": "{X} {I} {", "input": "{0}", "output": "}{"}
     made, _ = convert("code_alpaca", record, 0.0)
     assert made == [{"messages": [user("{X} {I} {\n\n{0}\n\n"), assistant("}{")]}]
 
 
 def shared(*pairs, senders="hg", odd=0):
-    """A ShareGPT record; the pairs have these lengths, each message's BOS and 6 included."""
+    """A ShareGPT record with pairs of these lengths, which include BOS and 6 for each message."""
     tokens = list(itertools.chain(*((10 - 7, pair - 10 - 7) for pair in pairs)))
     names = {"h": "human", "g": "gpt", "s": "system", "b": "bing", "u": "user"}
     cycle = itertools.cycle(senders) if len(senders) == 2 else iter(senders)
@@ -208,17 +208,17 @@ ODD = "last messages without a counterpart, cut off"
         (shared(4097), [], [LONG]),
         (shared(2048, 2048), [(0, 4)], []),
         (shared(2048, 2049), [(0, 2)], [LOST]),
-        # The chunk that the overflowing pair begins is closed only by a pair that comes after it.
+        # A pair that overflows begins a chunk, which only a later pair closes.
         (shared(2048, 2049, 100), [(0, 2), (2, 6)], []),
         (shared(3000, 3000, 3000), [(0, 2), (2, 4)], [LOST]),
         # A pair that is too long closes the chunk before it and is skipped …
         (shared(100, 5000, 100, 100), [(0, 2), (4, 8)], [LONG]),
-        # … and the pair after it overflows too, so that it is lost where it is the last.
+        # … and the pair after it overflows, too; if it is the last, it is lost.
         (shared(100, 5000, 100), [(0, 2)], [LONG, LOST]),
         (shared(5000, 100), [], [LONG, LOST]),
         (shared(5000, 100, 100), [(2, 6)], [LONG]),
         (shared(100, 5000, 5000), [(0, 2)], [LONG, LONG]),
-        # An odd message is cut before the split, a conversation of less than a pair gives nothing.
+        # An odd message is cut before the split; less than a pair gives no conversation.
         (shared(100, odd=1), [(0, 2)], [ODD]),
         (shared(100, 4000, odd=1), [(0, 2)], [ODD, LOST]),
         (shared(odd=1), [], [SHORT]),
@@ -236,14 +236,14 @@ ODD = "last messages without a counterpart, cut off"
     ],
 )
 def test_sharegpt_split(record, chunks, reasons):
-    """Whole pairs, greedy, at most 4,096 tokens, with the original's losses; ids name the place."""
+    """Chunks are greedy, of whole pairs, at most 4,096 tokens; the original's losses; the ids."""
     made, left_out = convert("sharegpt", record)
     assert made == [chunk(*ends) for ends in chunks]
     assert sorted(left_out) == sorted(reasons)
 
 
 def test_wizardlm_open_orca_science_hard_coded():
-    """The four plain schemas; Open-Orca has its system message even where that is empty."""
+    """The four plain schemas; Open-Orca has a system message even if it is empty."""
     turns = [{"from": "human", "value": " q"}, {"from": "gpt", "value": "a "}]
     made = {"id": "wizardlm_7Kx", "messages": [user(" q"), assistant("a ")]}
     assert convert("wizardlm", {"idx": "7Kx", "conversations": turns}) == ([made], [])
@@ -289,7 +289,7 @@ def test_wizardlm_open_orca_science_hard_coded():
     ],
 )
 def test_what_breaks_the_schema_is_an_error(name, record, message):
-    """The message names the field, what it holds and what was expected."""
+    """The error names the field, what it holds, and what was expected."""
     with pytest.raises(InputError) as error:
         convert(name, record, 0.0)
     assert message in str(error.value)
