@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import inputs
-from benchmarks.loops import clocks
+from benchmarks.loops import clocks, median_ratio
 from benchmarks.measure import write
 from checkpoint.config import config_from_dict
 from decoding.generator import TextGenerator
@@ -124,32 +124,26 @@ def compare(config, ours, theirs, prompts, batch):
     turns = {"ours": our_turn, "transformers": their_turn}
     answers = {name: turn() for name, turn in turns.items()}  # and to warm up
     different = sum(a != b for a, b in zip(*answers.values(), strict=True))
-    seconds = {name: [] for name in turns}
-    cpu_seconds = {name: [] for name in turns}
+    seconds, cpu_seconds = [], []  # of every round, dicts by loop
     for number in range(config.rounds):
+        seconds.append({})
+        cpu_seconds.append({})
         for name in list(turns)[:: 1 if number % 2 else -1]:
             started = clocks()
             turns[name]()
-            wall, cpu = (clocks() - started).tolist()
-            seconds[name].append(round(wall, 4))
-            cpu_seconds[name].append(round(cpu, 4))
+            seconds[-1][name], cpu_seconds[-1][name] = (clocks() - started).round(4).tolist()
     tokens = sum(lengths[: len(prompts)])
-
-    def ratio(times):
-        return statistics.median(
-            b / a for a, b in zip(times["ours"], times["transformers"], strict=True)
-        )
-
+    medians = {name: statistics.median(s[name] for s in seconds) for name in turns}
     return {
         "prompts": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": tokens,
         "different_answers": different,
-        "tokens_per_second": {n: tokens / statistics.median(s) for n, s in seconds.items()},
-        "speed_up": ratio(seconds),
-        "cpu_speed_up": ratio(cpu_seconds),
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
+        "tokens_per_second": {name: tokens / median for name, median in medians.items()},
+        "speed_up": median_ratio(seconds, "transformers"),
+        "cpu_speed_up": median_ratio(cpu_seconds, "transformers"),
+        "seconds": {name: [s[name] for s in seconds] for name in turns},
+        "cpu_seconds": {name: [s[name] for s in cpu_seconds] for name in turns},
     }
 
 

@@ -16,18 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import table
-from benchmarks.measure import (
-    Budget,
-    Unavailable,
-    attention_flops,
-    cross_entropy_flops,
-    doc_start_of,
-    gpu_unless_toy,
-    milliseconds,
-    packed_lengths,
-    write,
-)
+from benchmarks import measure, table
 from kernels.attention import attention, attention_layout
 from kernels.cross_entropy import linear_cross_entropy
 from program.flags import parse_args
@@ -35,7 +24,7 @@ from program.flags import parse_args
 
 def ours(q, k, v, lengths):
     """kernels/attention.py."""
-    doc_start = doc_start_of(lengths, q.device)
+    doc_start = measure.doc_start_of(lengths, q.device)
     layout = attention_layout(doc_start)
     return lambda: attention(q, k, v, doc_start, layout), (q, k, v)
 
@@ -87,7 +76,7 @@ def flex(q, k, v, lengths):
     needs_gpu(q)
     from torch.nn.attention.flex_attention import create_block_mask
 
-    doc_start = doc_start_of(lengths, q.device)
+    doc_start = measure.doc_start_of(lengths, q.device)
 
     def visible(batch, head, i, j):
         return (doc_start[i] <= j) & (j <= i)
@@ -101,7 +90,7 @@ def flex(q, k, v, lengths):
 def needs_gpu(x):
     """Raise `Unavailable` on CPU."""
     if x.device.type != "cuda":
-        raise Unavailable("needs a GPU")
+        raise measure.Unavailable("needs a GPU")
 
 
 ATTENTION = {
@@ -116,10 +105,10 @@ ATTENTION = {
 def attention_cases(toy):
     """(name of the row, lengths of its documents, H, Hk, D), 7B's heads first."""
     if toy:
-        rows = {"dense 32": [32] * 4, "packed 20": packed_lengths(20, 128)}
+        rows = {"dense 32": [32] * 4, "packed 20": measure.packed_lengths(20, 128)}
         return [(name, lengths, 4, 2, 32) for name, lengths in rows.items()]
     rows = {f"dense {n}": [n] * (16384 // n) for n in (8192, 512, 1024, 2048, 4096, 16384)}
-    rows = {f"packed {mean}": packed_lengths(mean, 16384) for mean in (490, 1097)} | rows
+    rows = {f"packed {mean}": measure.packed_lengths(mean, 16384) for mean in (490, 1097)} | rows
     shapes = [(32, Hk, D) for D in (128, 64) for Hk in (32, 8)]
     return [(name, lengths, *shape) for shape in shapes for name, lengths in rows.items()]
 
@@ -134,7 +123,7 @@ def time_attention(provider, lengths, H, Hk, D, device, dtype):
     )
     call, inputs = provider(q, k, v, lengths)
     with torch.no_grad():
-        forward = milliseconds(call, device)
+        forward = measure.milliseconds(call, device)
     out = call()
     d_out = torch.randn_like(out)
 
@@ -146,10 +135,10 @@ def time_attention(provider, lengths, H, Hk, D, device, dtype):
 
     ms = {
         "forward": forward,
-        "backward": milliseconds(backward, device),
-        "both": milliseconds(both, device),
+        "backward": measure.milliseconds(backward, device),
+        "both": measure.milliseconds(both, device),
     }
-    flops = attention_flops(lengths, H, D)
+    flops = measure.attention_flops(lengths, H, D)
     return {"ms": ms, "tflops": {name: flops[name] / t / 1e9 for name, t in ms.items()}}
 
 
@@ -187,7 +176,7 @@ def eager(hidden, weight, labels):
 def torch_fused(hidden, weight, labels):
     """torch.nn.functional.linear_cross_entropy."""
     if not hasattr(F, "linear_cross_entropy"):
-        raise Unavailable("this torch has none")
+        raise measure.Unavailable("this torch has none")
     return F.linear_cross_entropy(hidden, weight, labels, reduction="sum")
 
 
@@ -196,7 +185,7 @@ def liger(hidden, weight, labels):
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError:
-        raise Unavailable("liger-kernel is not installed") from None
+        raise measure.Unavailable("liger-kernel is not installed") from None
     return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels)
 
 
@@ -238,8 +227,8 @@ def time_loss(provider, N, V, E, device, dtype):
         call()
         result["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         result["gradients_mib"] = 2 * (hidden.numel() + weight.numel()) / 2**20
-    ms = milliseconds(call, device)
-    return {"ms": ms, "tflops": cross_entropy_flops(N, V, E) / ms / 1e9} | result
+    ms = measure.milliseconds(call, device)
+    return {"ms": ms, "tflops": measure.cross_entropy_flops(N, V, E) / ms / 1e9} | result
 
 
 def jobs(toy, device, dtype):
@@ -272,14 +261,14 @@ class KernelsBenchConfig:
 def main(arguments):
     """Measure, print a line each, and write the JSON file."""
     config = KernelsBenchConfig(**parse_args(KernelsBenchConfig, arguments))
-    budget = Budget(config.minutes)
-    device = gpu_unless_toy(config)
+    budget = measure.Budget(config.minutes)
+    device = measure.gpu_unless_toy(config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     results = {"attention": [], "cross_entropy": []}
-    for kind, case, name, measure in jobs(config.toy, device, dtype):
-        result = budget.measure(measure)
+    for kind, case, name, job in jobs(config.toy, device, dtype):
+        result = budget.measure(job)
         results[kind].append(case | {"provider": name} | result)
         print(f"{budget.seconds():4.0f} s", *case.values(), name, result, flush=True)
     facts = {"dtype": str(dtype), "seconds": budget.seconds()}
-    record = write("kernels", config, arguments, device, **facts, **results)
+    record = measure.write("kernels", config, arguments, device, **facts, **results)
     print(*table.tables(record), *table.aims(record), sep="\n")

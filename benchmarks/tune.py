@@ -14,15 +14,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from benchmarks.measure import (
-    Budget,
-    attention_flops,
-    doc_start_of,
-    gpu_unless_toy,
-    milliseconds,
-    packed_lengths,
-    write,
-)
+from benchmarks import measure
 from kernels import attention, cross_entropy
 from program.flags import parse_args
 
@@ -57,7 +49,7 @@ class Case:
         q, k, v, d_out = (
             torch.randn(T, heads, D, device=device, dtype=dtype) for heads in (H, Hk, Hk, H)
         )
-        doc_start = doc_start_of(lengths, device)
+        doc_start = measure.doc_start_of(lengths, device)
         doc_end = attention.attention_layout(doc_start)
         out, lse = attention.attention_op(q, k, v, doc_start, doc_end)
         delta, dq, dk, dv = (torch.empty_like(x) for x in (lse, q, k, v))
@@ -101,11 +93,11 @@ class Case:
                 for x, e in zip(self.results[name], expected, strict=True)
             ]
             assert max(errors) < 2**-7, f"other than the shipped sizes' result by {errors}"
-            ms = milliseconds(lambda: self.launch(name, candidate), device)
+            ms = measure.milliseconds(lambda: self.launch(name, candidate), device)
         finally:  # the other kernels read this one's result
             self.launch(name, self.shipped(name))
         T, H, Hk, D = self.shape
-        flops = attention_flops(self.lengths, H, D)["forward"] * PRODUCTS[name] / 2
+        flops = measure.attention_flops(self.lengths, H, D)["forward"] * PRODUCTS[name] / 2
         return {"ms": ms, "tflops": flops / ms / 1e9, "error": max(errors)}
 
 
@@ -124,7 +116,7 @@ def measure_softmax(candidate, device, toy):
             num_warps=warps,
         )  # fmt: skip
 
-    return {"ms": milliseconds(call, device)}
+    return {"ms": measure.milliseconds(call, device)}
 
 
 def measure_workspace(mib, device, dtype, toy):
@@ -137,17 +129,17 @@ def measure_workspace(mib, device, dtype, toy):
     try:
         cross_entropy.CUDA_WORKSPACE = mib << 20
         call = functools.partial(cross_entropy.cross_entropy_triton, hidden, weight, labels, ones)
-        return {"ms": milliseconds(call, device)}
+        return {"ms": measure.milliseconds(call, device)}
     finally:
         cross_entropy.CUDA_WORKSPACE = shipped
 
 
 def jobs(toy, device, dtype):
     """(kernel, row, candidate, function that measures)."""
-    rows = {"packed 20": packed_lengths(20, 64)} if toy else {
+    rows = {"packed 20": measure.packed_lengths(20, 64)} if toy else {
         "dense 8192": [8192] * 2,
-        "packed 490": packed_lengths(490, 16384),
-        "packed 1097": packed_lengths(1097, 16384),
+        "packed 490": measure.packed_lengths(490, 16384),
+        "packed 1097": measure.packed_lengths(1097, 16384),
     }  # fmt: skip
     for heads in [(2, 1, 16)] if toy else [(32, 32, 128), (32, 32, 64)]:
         for row, lengths in rows.items():
@@ -155,19 +147,15 @@ def jobs(toy, device, dtype):
             for name, candidates in CANDIDATES.items():
                 shipped = case.shipped(name)
                 for candidate in [shipped] + [c for c in candidates if c != shipped]:
-                    yield (
-                        name,
-                        f"{row}, D {heads[2]}",
-                        candidate,
-                        functools.partial(case.measure, name, candidate, device),
-                    )
+                    job = functools.partial(case.measure, name, candidate, device)
+                    yield name, f"{row}, D {heads[2]}", candidate, job
         if heads[2] != 64:
             for candidate in SOFTMAX:
-                measure = functools.partial(measure_softmax, candidate, device, toy)
-                yield "softmax_kernel", "2048 x 32000", candidate, measure
+                job = functools.partial(measure_softmax, candidate, device, toy)
+                yield "softmax_kernel", "2048 x 32000", candidate, job
             for mib in WORKSPACES:
-                measure = functools.partial(measure_workspace, mib, device, dtype, toy)
-                yield "head and loss", "N 16384", (mib,), measure
+                job = functools.partial(measure_workspace, mib, device, dtype, toy)
+                yield "head and loss", "N 16384", (mib,), job
 
 
 @dataclass(frozen=True)
@@ -182,15 +170,15 @@ class TuneConfig:
 def main(arguments):
     """Measure, print a line each, then the candidates by time, and write the JSON file."""
     config = TuneConfig(**parse_args(TuneConfig, arguments))
-    budget = Budget(config.minutes)
-    device = gpu_unless_toy(config)
+    budget = measure.Budget(config.minutes)
+    device = measure.gpu_unless_toy(config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     results = []
-    for name, row, candidate, measure in jobs(config.toy, device, dtype):
-        result = budget.measure(measure)
+    for name, row, candidate, job in jobs(config.toy, device, dtype):
+        result = budget.measure(job)
         results.append({"kernel": name, "row": row, "candidate": candidate} | result)
         print(f"{budget.seconds():4.0f} s", name, row, candidate, result, flush=True)
-    write("tune", config, arguments, device, dtype=str(dtype), results=results)
+    measure.write("tune", config, arguments, device, dtype=str(dtype), results=results)
     for group in dict.fromkeys((r["kernel"], r["row"]) for r in results):
         timed = [r for r in results if (r["kernel"], r["row"]) == group and "ms" in r]
         by_time = sorted(timed, key=lambda r: r["ms"])
