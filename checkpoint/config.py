@@ -72,7 +72,7 @@ def config_from_dict(values, path="config.json"):
 
 
 def refuse_what_is_not_implemented(values, path):
-    """Raise `InputError` for a config that this model would silently compute wrongly."""
+    """Raise `InputError` for a config with which this model would silently get wrong results."""
     rope = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
     for name, found in (("rope_parameters", rope), ("rope_scaling", scaling)):

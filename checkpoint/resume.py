@@ -1,7 +1,8 @@
 """The resumable state of a run: checkpoints/step-000500/ with model, optimizer and a manifest.
 
-A checkpoint is written under another name and renamed when whole, so a kill leaves either the old
-state or the new one.
+A checkpoint is made whole in `save_run`: torch.distributed.checkpoint writes the shards into
+`partial/`, the manifest lists their digests, and the rename to `step-000500/` comes last. A kill
+leaves the old state or the new one. `resume_run` trusts only what agrees with its manifest.
 """
 
 import json
@@ -19,53 +20,52 @@ from program.ranks import gather_lists, own_share, raise_together
 
 
 def save_run(folder, step, model, optimizer, keep):
-    """Save the state after `step` updates as `folder/checkpoints/step-…`; every rank calls it.
+    """Save the state after `step` updates as `folder/checkpoints/step-…`. Every rank calls it.
 
-    The `keep` newest stay. Raises `RunError` on all ranks where the disk refuses; what was saved
-    before is untouched then.
+    The `keep` newest checkpoints stay. Raises `RunError` on all ranks if the disk refuses; earlier
+    checkpoints are untouched then.
     """
     place = Path(folder) / "checkpoints" / f"step-{step:06}"
     if place.exists() and damage(place) is None:
         return
-    partial, failure, own = place.with_name("partial"), None, {}
+    partial, failure, digests = place.with_name("partial"), None, {}
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        fsync(Path(folder) / "metrics.jsonl")  # the records before the state that follows them
+        fsync(Path(folder) / "metrics.jsonl")  # the log must not be behind the state
     weights, moments = get_state_dict(model, optimizer)
     try:
-        # DCP tells every rank of a failure on any.
+        # If it fails on one rank, it raises on all of them.
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
-        own = {name: digest(partial / name) for name in own_share(os.listdir(partial))}
+        digests = {name: digest(partial / name) for name in own_share(os.listdir(partial))}
     except (dcp.api.CheckpointException, OSError) as error:
         failure = error
-    files = dict(gather_lists(list(own.items())))
-    if dist.get_rank() == 0:
+    files = dict(gather_lists(list(digests.items())))
+    if dist.get_rank() == 0 and failure is None:
         try:
-            if failure is None:
-                with open(partial / "manifest.json", "w") as file:
-                    json.dump({"step": step, "files": files}, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                shutil.rmtree(place, ignore_errors=True)  # a damaged one
-                os.rename(partial, place)
-                fsync(place.parent)
-                # A newer one is damaged: else the run would have gone on from there.
-                newest_first = saved_runs(folder)
-                own = newest_first.index(place)
-                for old in newest_first[:own] + newest_first[own + keep :]:
-                    shutil.rmtree(old, ignore_errors=True)
+            with open(partial / "manifest.json", "w") as file:
+                json.dump({"step": step, "files": files}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(place, ignore_errors=True)  # a damaged checkpoint of the same update
+            os.rename(partial, place)
+            fsync(place.parent)
+            # Checkpoints of later updates are damaged, or the run would have resumed from them.
+            newest_first = saved_runs(folder)
+            this = newest_first.index(place)
+            for old in newest_first[:this] + newest_first[this + keep :]:
+                shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             failure = error
-        if failure is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+    if dist.get_rank() == 0 and failure is not None:
+        shutil.rmtree(partial, ignore_errors=True)
     raise_together(failure, f"{place}: the checkpoint could not be saved")
 
 
 def resume_run(folder, model, optimizer):
-    """Load the newest whole checkpoint, if any; the number of updates it holds, else 0.
+    """Load the newest checkpoint that is whole. Returns its number of updates, 0 if there is none.
 
-    A damaged one is named in a warning and the one before it is used. Model and optimizer may be
-    sharded over another number of ranks than when they were saved.
+    A damaged checkpoint is named in a warning, and the one before it is tried. The number of ranks
+    may differ from that of the run that saved it.
     """
     for place in saved_runs(folder):
         if (problem := damage(place)) is not None:
@@ -92,13 +92,13 @@ def resume_run(folder, model, optimizer):
 
 
 def saved_runs(folder):
-    """The checkpoints of a run, newest first (longer names, of later updates, before shorter)."""
-    found = (Path(folder) / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda place: (len(place.name), place.name), reverse=True)
+    """The checkpoints of a run, newest first; from update 1,000,000 on names are longer."""
+    places = (Path(folder) / "checkpoints").glob("step-*")
+    return sorted(places, key=lambda place: (len(place.name), place.name), reverse=True)
 
 
 def damage(place):
-    """What is wrong with a checkpoint, None where it is whole; each rank checks its share."""
+    """What is wrong with a checkpoint, or None. Every rank calls it and checks its share."""
     problems = []
     try:
         files = json.loads((place / "manifest.json").read_text())["files"]

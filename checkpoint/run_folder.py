@@ -1,6 +1,7 @@
 """The output folder of a run: who may write there, and its log, metrics.jsonl.
 
-Read and written by sft.py and dpo.py; the model and the resumable state are checkpoint.py's.
+The folder's other contents have files of their own: weights.py the model, resume.py the
+checkpoints.
 """
 
 import contextlib
@@ -13,16 +14,32 @@ from program.errors import InputError, RunError
 from program.files import hold, written_aside
 
 
-def check_output(folder, run, model, save_every):
-    """Raise `InputError` unless `folder` is new or holds an interrupted run with the facts `run`.
+def check_output(folder, facts, model, save_every):
+    """Raise `InputError` unless this run may write to `folder`. Nothing is written here.
 
-    run: what makes two runs the same, by name, compared with what metrics.jsonl says of the run
-    that is there. The disk must hold the bf16 model and, with `save_every`, its fp32 weights and
-    two moments. Nothing is written here.
+    The folder must be new or hold an interrupted run with the same `facts` (see `open_run`), and
+    the disk must hold the model in bf16 and, with `save_every`, its fp32 weights and two moments.
     """
     folder = Path(folder)
+    check_same_run(folder, facts)
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--out {folder}: {parent} is not a folder")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--out {folder}: {parent} cannot be written")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    needed = parameters * (14 if save_every else 2)
+    needed, free = parameters * (14 if save_every else 2), shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(
+            f"--out {folder}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB "
+            "for the model and one resumable checkpoint"
+        )
+
+
+def check_same_run(folder, facts):
+    """Raise `InputError` if `folder` holds a finished run, a model, or a run with other facts."""
     log = folder / "metrics.jsonl"
     # A run that was killed while its model moved in has weights there, but no config.json yet.
     weights = () if log.exists() else ("model.safetensors", "model.safetensors.index.json")
@@ -35,40 +52,27 @@ def check_output(folder, run, model, save_every):
     if log.exists():
         recorded = next(iter(read_records(log)), {}).get("run")
         recorded = recorded if isinstance(recorded, dict) else {}
-        for name, value in run.items():
+        for name, value in facts.items():
             if recorded.get(name) != value:
                 raise InputError(
                     f"--out {folder}: holds a different run, with {name} "
                     f"{recorded.get(name)!r} where this one has {value!r}"
                 )
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise InputError(f"--out {folder}: {parent} is not a folder")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"--out {folder}: {parent} cannot be written")
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(
-            f"--out {folder}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB "
-            "for the model and one resumable checkpoint"
-        )
 
 
 def lock_output(folder, patience=15):
-    """Make `folder` and hold it against other runs until this process ends; returns the lock.
+    """Make `folder` and lock out other runs until this process ends. Returns the lock.
 
-    A run that was just killed may need a moment to die: `patience` seconds.
+    patience: seconds to wait for a run that was just killed.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     return hold(os.open(folder, os.O_RDONLY), folder, patience)
 
 
 def start_records(path, steps, record):
-    """Begin metrics.jsonl with the start record, or go on with it after the update `steps`.
+    """Begin metrics.jsonl with the start record, or continue it after update number `steps`.
 
-    The records of later updates, which a resumed run makes again, are dropped.
+    Records of later updates are dropped: a resumed run makes them again.
     """
     kept = [r for r in read_records(path) if r.get("step", 0) <= steps] if path.exists() else []
     with log_errors(path), written_aside(path) as file:
@@ -83,7 +87,7 @@ def append_record(path, record):
 
 @contextlib.contextmanager
 def log_errors(path):
-    """A disk that refuses the log ends the run with one line."""
+    """Turn an error of the disk into a `RunError` that names the log."""
     try:
         yield
     except OSError as error:
@@ -91,7 +95,7 @@ def log_errors(path):
 
 
 def read_records(path):
-    """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The records of a metrics.jsonl, up to a line that a kill cut short."""
     records = []
     for line in path.read_bytes().split(b"\n"):
         try:

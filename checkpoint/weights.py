@@ -1,11 +1,10 @@
-"""What is on disk: Hugging Face safetensors in and out, and the resumable state of a run.
+"""Hugging Face folders in and out, without ever holding a whole model in one process.
 
-    load_hf   HF folder ──each rank reads its own slices──► FSDP2 shards
+    load_hf   HF folder ──each rank reads its own rows──► FSDP2 shards
     save_hf   FSDP2 shards ──one tensor at a time──► bf16 HF folder for transformers and vLLM
-    save_run, resume_run   checkpoints/step-000500/: model, optimizer and a manifest of checksums
 
-Everything is written under another name and renamed when whole, so a kill leaves either the old
-state or the new one.
+A folder is written aside and renamed file by file, config.json last: where config.json is, the
+folder is complete.
 """
 
 import hashlib
@@ -27,13 +26,11 @@ from tokens.for_transformers import save_tokenizer
 SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut them
 FLOATS = ("F32", "F16", "BF16")
 
-# ---- Hugging Face folders
-
 
 def find_tensors(model, folder):
-    """`{parameter name: file}` of an HF folder, once every name and shape has been checked.
+    """`{parameter name: file}` of an HF folder, after a check of all names, shapes and dtypes.
 
-    Only headers are read. Raises `InputError` listing missing, unexpected and misshapen tensors.
+    Only headers are read. Raises `InputError` with the missing, unexpected and misshapen tensors.
     """
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     files, problems = {}, []
@@ -41,8 +38,8 @@ def find_tensors(model, folder):
         try:
             with safe_open(path, "pt") as file:
                 for name in file.keys():
-                    found = file.get_slice(name)
-                    shape, dtype = tuple(found.get_shape()), found.get_dtype()
+                    tensor = file.get_slice(name)
+                    shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     files[name] = path
                     if name in expected and shape != expected[name]:
                         problems.append(f"{name} is {shape}, expected {expected[name]}")
@@ -51,12 +48,13 @@ def find_tensors(model, folder):
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error})") from None
     problems += [f"{name} is missing" for name in expected if name not in files]
-    # Old checkpoints keep the angles of the rotary embedding, and tied ones may keep the head.
-    known = ("rotary_emb.inv_freq",) + (() if "lm_head.weight" in expected else ("lm_head.weight",))
+    # Old checkpoints hold the rotary frequencies, and those with tied embeddings may hold the head.
+    unused = ("rotary_emb.inv_freq",)
+    unused += () if "lm_head.weight" in expected else ("lm_head.weight",)
     problems += [
         f"{name} is unexpected"
         for name in files
-        if name not in expected and not name.endswith(known)
+        if name not in expected and not name.endswith(unused)
     ]
     if problems:
         more = f" … and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -87,7 +85,7 @@ def weight_files(folder):
 
 
 def weights_key(folder):
-    """Hash of the weights of an HF folder, each rank reading its share; every rank calls it."""
+    """Hash of the weight files of an HF folder. Every rank calls it and reads its share."""
     digests = {path.name: digest(path) for path in own_share(weight_files(Path(folder)))}
     facts = json.dumps(sorted(gather_lists(list(digests.items()))))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -96,8 +94,9 @@ def weights_key(folder):
 def load_hf(model, folder):
     """Fill `model`, sharded or not, with the weights of an HF folder.
 
-    Each rank reads its own rows of each tensor and nothing else; the file is opened anew for each,
-    so that no more than one tensor's pages of it are in memory.
+    Each rank reads its own rows of each tensor and nothing else. The file is opened again for each
+    tensor, so that only that tensor's pages are in memory. Raises `InputError` on every rank if a
+    weight is not finite.
     """
     files, problems = find_tensors(model, folder), []
     for name, parameter in model.named_parameters():
@@ -108,13 +107,13 @@ def load_hf(model, folder):
             if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():
                 problems.append(f"{files[name]}: {name} holds values that are not finite")
             local.copy_(rows)
-    # Where one rank's rows are bad, all stop, before rank 0 writes anything.
+    # If one rank's rows are bad, all ranks stop before rank 0 writes anything.
     for problem in gather_lists(problems) if dist.is_initialized() else problems:
         raise InputError(problem)
 
 
 def local_rows(tensor):
-    """This rank's rows of a tensor, and the number of the first: FSDP2 deals out equal chunks."""
+    """This rank's rows of a tensor and the index of the first: FSDP2 gives out equal chunks."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
     chunk = -(-tensor.shape[0] // tensor.device_mesh.size())
@@ -122,11 +121,11 @@ def local_rows(tensor):
 
 
 def save_hf(model, tokenizer, source, folder):
-    """Write the model as an HF folder in bf16; every rank calls it.
+    """Write the model as an HF folder in bf16. Every rank calls it; rank 0 writes.
 
-    source: the HF folder that training started from, whose config.json is carried over. One rank's
-    rows of one tensor at a time go round, and rank 0 writes them. config.json appears last: where
-    it is, the folder is whole. Raises `RunError` on all ranks where the disk refuses.
+    source: the HF folder that training started from, whose config.json is carried over. The ranks
+    broadcast their rows in turn, one tensor after the other, so memory holds one block of rows.
+    Raises `RunError` on all ranks if the disk refuses.
     """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     blocks = (block for parameter in model.parameters() for block in blocks_bf16(parameter))
@@ -146,16 +145,16 @@ def save_hf(model, tokenizer, source, folder):
         except OSError as error:
             failure = error
             shutil.rmtree(partial, ignore_errors=True)
-    for _ in blocks:  # the other ranks', and after a failure rank 0's, part in the exchange
+    for _ in blocks:  # the other ranks take part in the broadcasts, and so does a failed rank 0
         pass
     raise_together(failure, f"{folder}: the model could not be saved")
 
 
 def write_tensors(shapes, blocks, folder):
-    """Stream bf16 blocks of rows, in the order of `shapes`, into safetensors files and their index.
+    """Stream bf16 blocks of rows, in the order of `shapes`, into safetensors files and an index.
 
-    The safetensors library wants a whole file's tensors at once; the format itself is a length,
-    a JSON header with every tensor's place, and the bytes.
+    The safetensors library needs all tensors of a file at once. The format is simple: the length
+    of a JSON header, the header with each tensor's offsets, and the bytes.
     """
     shards, room = [], 0
     for name, shape in shapes.items():
@@ -171,8 +170,8 @@ def write_tensors(shapes, blocks, folder):
         file_name = file_name if len(shards) > 1 else "model.safetensors"
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         for name, size in sizes.items():
-            place = [offset, offset + size]
-            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": place}
+            offsets = [offset, offset + size]
+            header[name] = {"dtype": "BF16", "shape": list(shapes[name]), "data_offsets": offsets}
             offset += size
             weight_map[name] = file_name
         encoded = json.dumps(header).encode()
@@ -190,12 +189,12 @@ def write_tensors(shapes, blocks, folder):
 
 
 def blocks_bf16(parameter):
-    """The rows of a parameter in bf16, one rank's after the other's, on every rank."""
+    """The rows of a parameter in bf16, rank after rank; every rank gets all of them."""
     local, _ = local_rows(parameter.detach())
     if not isinstance(parameter, DTensor):
         yield local.to(torch.bfloat16)
         return
-    # `full_tensor` would hold the tensor twice on gloo, and some of it until the next but one.
+    # `full_tensor` would hold the tensor twice on gloo, and free it one or two tensors later.
     chunk = -(-len(parameter) // dist.get_world_size())
     for rank, begin in enumerate(range(0, len(parameter), chunk)):
         if rank == dist.get_rank():
@@ -217,8 +216,3 @@ def write_configs(tokenizer, source, folder):
     config["torch_dtype"] = "bfloat16"
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2))
-
-
-# ---- Resumable state
-
-

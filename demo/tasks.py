@@ -1,21 +1,21 @@
 """The demo: a tiny base model, its tokenizer, conversations and preference pairs, made on the spot.
 
-sft.py and dpo.py run on them where neither --model nor --data is given, so that everything a 7B
-goes through can be watched on a laptop in two minutes, without a download:
+sft.py and dpo.py use them if neither --model nor --data is given. Everything that a 7B goes
+through can be watched on a laptop in two minutes, without a download:
 
     make() ──► base/                a Llama that knows nothing, as a Hugging Face folder
                conversations.jsonl ──► sft.py ──► a model that solves the tasks
-               preferences.jsonl   ──► dpo.py ──► a model that moreover answers in whole sentences
-               held_out.jsonl      ──► compare(): what either of them taught
+               preferences.jsonl   ──► dpo.py ──► a model that also answers in whole sentences
+               held_out.jsonl      ──► compare(): what each of the two taught
 
 The tasks are small, and a program can tell right from wrong: pick the animal, or the largest
-number, from a list; sort the list. Some conversations open with a system message that changes every
-answer, some go on with further questions about the same list, which then is only "them".
+number, from a list; sort the list. Some conversations begin with a system message that changes
+every answer. Some continue with more questions about the same list, which is then just "them".
 
-A right answer has two forms, the bare one ("fox") and a sentence ("The answer is fox."). The
-conversations leave the choice open: most questions get a sentence, most requests the bare answer.
-In the preference pairs the sentence is always the chosen one. So the effect of SFT shows in the
-tasks solved, and that of DPO in the form of the answers.
+A right answer has two forms: the bare word ("fox") and a sentence ("The answer is fox."). The
+conversations use both: most questions get a sentence, most requests the bare word. In the
+preference pairs the sentence is always the chosen answer. So the effect of SFT shows in the tasks
+solved, and the effect of DPO in the form of the answers.
 """
 
 import io

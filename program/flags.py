@@ -14,7 +14,7 @@ import typing
 
 from program.errors import InputError
 
-# Flag, whether the bounds themselves are allowed, and the bounds.
+# Smallest and largest value of a flag.
 BOUNDS = {
     "epochs": (1, math.inf),
     "batch_size": (1, math.inf),
@@ -39,10 +39,10 @@ BOUNDS = {
     "top_p": (0, 1),
     "max_new_tokens": (1, math.inf),
 }
+EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}  # bounds that are not allowed
 
-
-# How a run is carried out; it may be continued with other values. (The model is compared by its
-# real path, the data by their content.)
+# Flags that say how a run is carried out: it may be continued with other values. (The model is
+# compared by its real path, the data by their content.)
 HOW_NOT_WHAT = {
     "model",
     "data",
@@ -55,16 +55,14 @@ HOW_NOT_WHAT = {
     "compile",
 }
 
-EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}
-
 # What --help calls the values of a list that does not hold paths.
 METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME"}
 
 
 def parse_args(config_class, argv=None):
-    """The flags given on the command line, as a dict; raises `InputError` for a bad one.
+    """The flags on the command line, as a dict. Raises `InputError` for an unknown or bad flag.
 
-    Every field of the dataclass is a flag, and the comment behind it is its help.
+    Every field of the dataclass is a flag, and the comment behind the field is the flag's help.
     """
     source = "".join(map(inspect.getsource, config_class.__mro__[:-1]))  # what it inherits, too
     comments = dict(re.findall(r"^ +(\w+):.*?# (.+)$", source, re.M))
@@ -81,7 +79,7 @@ def parse_args(config_class, argv=None):
     parser.error = refuse
     for field in dataclasses.fields(config_class):
         kind = field.type
-        if isinstance(kind, types.UnionType):  # `int | None`: None where the default depends
+        if isinstance(kind, types.UnionType):  # `int | None`: the default depends on something
             kind = typing.get_args(kind)[0]
         options = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:
@@ -99,15 +97,14 @@ def parse_args(config_class, argv=None):
 
 
 def check_flags(config):
-    """Raise `InputError` for a flag of sft.py or dpo.py whose value makes no sense."""
+    """Raise `InputError` for a flag of sft.py or dpo.py with a bad value."""
     check_bounds(config)
     if (config.model is None) != (config.data is None):
         raise InputError("--model and --data go together (with neither, the demo runs)")
 
 
 def check_bounds(config):
-    """Raise `InputError` for a flag of any script that is out of its `BOUNDS`, and for a --dtype
-    that no script computes in."""
+    """Raise `InputError` for a flag of any script outside its `BOUNDS`, or a bad --dtype."""
     dtype = getattr(config, "dtype", None)
     if dtype not in (None, "bfloat16", "float32"):
         raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
@@ -124,7 +121,7 @@ def check_bounds(config):
 
 
 def resolve(config, device):
-    """The config with the defaults that depend on the device filled in."""
+    """The config, with its device-dependent defaults filled in."""
     gpu = device.type == "cuda"
     defaults = {"dtype": "bfloat16" if gpu else "float32", "recompute": gpu, "compile": gpu}
     missing = {name: v for name, v in defaults.items() if getattr(config, name) is None}
@@ -132,7 +129,7 @@ def resolve(config, device):
 
 
 def run_facts(config):
-    """The flags that decide what a run computes, for telling runs apart."""
+    """The flags that decide what a run computes: what tells it from another run."""
     facts = dataclasses.asdict(config)
     facts = {name: value for name, value in facts.items() if name not in HOW_NOT_WHAT}
     return {"program": type(config).__name__, "model": os.path.realpath(config.model), **facts}

@@ -16,18 +16,18 @@ from program.errors import RunError, one_line
 
 
 def start():
-    """Join torchrun's process group, or make one of this process alone: `(rank, world, device)`."""
+    """Join torchrun's process group, or form one of a single process; `(rank, world, device)`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if dist.is_initialized():  # by a caller that runs more than one thing in a process
+    if dist.is_initialized():  # a second call in the same process changes nothing
         return rank, world, device
     launched = "RANK" in os.environ
     if launched:
         die_with_parent()
-    # Half an hour: the longest wait is for rank 0 while it writes a tensor to a slow disk.
+    # Half an hour, since the other ranks wait while rank 0 writes a tensor to a slow disk.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=None if launched else dist.HashStore(),
@@ -39,14 +39,14 @@ def start():
 
 
 def die_with_parent():
-    """Have Linux kill this process when torchrun dies: it would train on into the same folder."""
+    """Have Linux kill this process when its parent, torchrun, dies; else it would train on."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def sum_over_ranks(values, device):
-    """The sums over all ranks of a list of numbers, in fp64; every rank gets the same."""
+    """Sum a list of numbers over all ranks, in fp64; every rank gets the same list of floats."""
     values = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return values.tolist()
@@ -56,11 +56,14 @@ def gather_lists(items):
     """The concatenation of every rank's list, on every rank."""
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [item for own in lists for item in own]
+    return [item for items in lists for item in items]
 
 
 def watch_signals():
-    """A list to which the first SIGTERM or SIGINT is added; the second one kills, as usual."""
+    """A list to which SIGTERM and SIGINT are added as they come; a second of a kind kills.
+
+    The loops look at the list once an update: they save and stop where it is not empty.
+    """
     received = []
 
     def note(number, frame):
@@ -73,12 +76,12 @@ def watch_signals():
 
 
 def own_share(names):
-    """Every world-th of the names: this rank's part of a work on files."""
+    """This rank's share of a list of files: every world-th name, in sorted order."""
     return sorted(names)[dist.get_rank() :: dist.get_world_size()]
 
 
 def raise_together(failure, what):
-    """Raise `RunError` on every rank where one has a failure."""
+    """Raise `RunError` on every rank if any rank has a failure (an exception, else None)."""
     failures = gather_lists([] if failure is None else [one_line(failure)])
     if failures:
         raise RunError(f"{what} ({failures[0]}); what was saved before is untouched")

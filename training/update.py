@@ -12,7 +12,7 @@ from program.hardware import peak_flops, peak_memory_gib
 
 
 def warmup_updates(total, ratio):
-    """ceil(ratio·total), rounded first: 0.1 · 30 is a little more than 3 in floating point."""
+    """ceil(ratio·total); rounded before, since 0.1 · 30 is a little over 3 in floating point."""
     return math.ceil(round(ratio * total, 6))
 
 
@@ -25,7 +25,7 @@ def learning_rate(step, total, peak, warmup_ratio):
 
 
 def make_optimizer(model, config):
-    """AdamW over all parameters, its state in fp32 like them (EasyLM optimizers.py)."""
+    """AdamW over all parameters; its moments are fp32, as they are (EasyLM optimizers.py)."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
@@ -37,13 +37,13 @@ def make_optimizer(model, config):
 
 
 def clip_gradients(model, clip):
-    """Scale the gradients to a global norm of at most `clip` (0: leave them); the norm before."""
+    """Scale the gradients to a global norm of at most `clip` (0: none). Returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 def check_finite(step, loss, grad_norm, documents, members):
-    """Raise `RunError`, naming the update's data, before a loss that is not finite does harm."""
+    """Raise `RunError`, with the names of the update's data, unless loss and norm are finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         names = ", ".join(documents.names(members))
         raise RunError(
