@@ -88,11 +88,11 @@ def naive(q, k, v, doc_start):
 
 
 def assert_as_exact_as_naive(function, inputs, doc_start):
-    """No result of function is further from fp64 than four times the naive one in the same type.
+    """The error against fp64 is at most four times the naive one's in the same type, plus a floor.
 
-    An exponent is rounded three times here (to base 2, lse, their difference) where naively it is
-    once, and sums have another order; and a floor of two roundings of the largest value of all
-    results, for where the naive one happens to be exact (documents of one token).
+    Four times: an exponent is rounded three times here (to base 2, lse, their difference) and once
+    in the naive form, and sums have another order. The floor, two roundings of the largest value of
+    all results, is for where the naive form happens to be exact (documents of one token).
     """
     dtype = inputs[0].dtype
     exact = run(attention_reference, *(x.double() for x in inputs), doc_start)
@@ -132,7 +132,7 @@ def test_kernels_in_fp32_on_every_kind_of_row(lengths):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
 @pytest.mark.parametrize("D", range(16, 129, 16))
 def test_kernels_for_every_head_size(D, dtype):
-    """Also those that are no power of 2, whose tiles are wider than they are."""
+    """Also those that are not a power of 2, whose tiles are wider than the head."""
     inputs = make_inputs([37, 1, 9], 1, 1, D, dtype)
     assert_as_exact_as_naive(attention_triton, inputs, doc_start_of([37, 1, 9]))
 
@@ -185,7 +185,7 @@ def walk_kernel(doc_start, walk, T, BM: tl.constexpr, BN: tl.constexpr):
 @pytest.mark.parametrize("lengths", [[900], [128, 256, 130], [5, 300, 1, 77, 450], [7] * 90])
 @pytest.mark.parametrize("BM, BN", [(128, 64), (128, 128), (16, 32)])
 def test_a_walk_covers_what_is_seen_and_masks_only_edges(lengths, BM, BN):
-    """It spans just the keys that some query of the tile sees; unmasked are those that all see.
+    """It spans the keys that some query of the tile sees; without a mask are those that all see.
 
     So the cost is that of the documents, and in a long one only the diagonal has a mask.
     """

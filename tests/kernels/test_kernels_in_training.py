@@ -136,6 +136,31 @@ def test_a_step_in_16_bits(uniform, how, monkeypatch):
     assert (counters["stats"]["unique_graphs"] > 0) == bool(how)
 
 
+def test_rows_of_other_lengths_compile_nothing_new(monkeypatch):
+    """After the second row no row is compiled again, and a block is one graph without a break."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    use(monkeypatch, "kernels")
+    _, _, device = start()
+    with torch.device("meta"):
+        llama = Llama(CONFIG)
+    shard(llama, device, SIXTEEN, **EVERYTHING)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            whole(parameter).normal_(0, 0.05)
+    graphs = []
+    for lengths in ([37, 1, 9], [20, 30], [16], [3] * 9):
+        lengths = torch.tensor(lengths)
+        doc_start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).int()
+        ids = predict = torch.arange(len(doc_start))
+        row = (x.to(device) for x in (ids, doc_start, predict, ids))
+        llama(*row, uniform_gradient=True).sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and set(graphs[2:]) == {graphs[1]}
+    assert not counters["graph_break"]
+
+
 def test_recomputation_changes_no_bit(monkeypatch):
     """Losses and gradients: what is computed twice is the same twice."""
     plain = two_steps(monkeypatch, "kernels", SIXTEEN)
