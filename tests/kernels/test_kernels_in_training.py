@@ -155,7 +155,7 @@ def test_rows_of_other_lengths_compile_nothing_new(monkeypatch):
         doc_start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).int()
         ids = predict = torch.arange(len(doc_start))
         row = (x.to(device) for x in (ids, doc_start, predict, ids))
-        llama(*row, uniform_gradient=True).sum().backward()
+        llama(*row, uniform_gradient=True)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and set(graphs[2:]) == {graphs[1]}
     assert not counters["graph_break"]
