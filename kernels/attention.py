@@ -252,8 +252,8 @@ def backward_kv_kernel(
     v_j = load_tile(v + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
     dk_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
     dv_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
-    # Tiles of queries, down from `first` to the end of the last document: DIAGONAL tiles, then,
-    # if all keys are of one document, `full` ones, then those in which a document ends.
+    # Tiles of queries, from `first` to the end of the last key's document: DIAGONAL tiles, then, if
+    # all keys are of one document, `full` ones, then those in which a document ends.
     end = tl.load(doc_end + tl.minimum(first + BN, T) - 1)
     one_document = tl.load(doc_end + first) == end
     full = tl.where(one_document, tl.maximum(end - first - DIAGONAL * BM, 0) // BM, 0)
