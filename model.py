@@ -1,9 +1,8 @@
 """LLaMA 2 in plain PyTorch: a packed row of documents in, losses or logits of chosen tokens out.
 
 Touvron et al. 2023 (arXiv 2307.09288), section 2.2: pre-normalisation with RMSNorm, rotary position
-embedding, grouped-query attention, SwiGLU. Module and parameter names are those of the Hugging Face
-safetensors, and the rotary layout is Hugging Face's half-split one, so that a checkpoint loads
-without a name map. Read by sft.py and dpo.py through parallel.py and checkpoint.py.
+embedding, grouped-query attention, SwiGLU. The names of modules and parameters, and the half-split
+rotary layout, are Hugging Face's, so that its safetensors load without a name map.
 
 There is no batch axis and no padding. One forward pass takes one row: documents (conversations)
 laid end to end, with `doc_start` telling every token where its own document begins.
@@ -12,21 +11,32 @@ Shapes, here and in every other file:
     T  tokens of a packed row        E  hidden size           F  width of the MLP
     H  query heads                   Hk key/value heads       D  size of a head
     V  vocabulary                    N  tokens that are predicted (trained), or sequences
+
+The sizes that Tulu 2 and Code Tulu 2 start from; in all of them D is 128 and rms_norm_eps 1e-5:
+
+                      layers      E       F    H  Hk       V  rope_theta      parameters
+    Llama 2 7B            32  4,096  11,008   32  32  32,000         1e4   6,738,415,616
+    Llama 2 13B           40  5,120  13,824   40  40  32,000         1e4  13,015,864,320
+    Llama 2 70B           80  8,192  28,672   64   8  32,000         1e4  68,976,648,192
+    Code Llama 34B        48  8,192  22,016   64   8  32,000         1e6  33,743,970,304
+
+Code Llama 7B and 13B: Llama 2's, V 32,016, rope_theta 1e6. Grouped-query attention where Hk < H.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.attention import attention, attention_layout
+from kernels.attention import attention, document_ends
 from kernels.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture, as `config.json` of a Hugging Face Llama folder gives it."""
+    """The architecture; the fields are those of a Hugging Face Llama folder's `config.json`."""
 
     vocab_size: int
     hidden_size: int
@@ -38,11 +48,11 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    max_position_embeddings: int = 2048  # tokens of context; nothing here depends on it
+    max_position_embeddings: int = 2048  # the context in tokens; not used in this file
 
 
 class Llama(nn.Module):
-    """The whole network; `lm_head` is absent where the embedding is tied to it."""
+    """The whole network; `lm_head` is None where the head is tied to the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -52,29 +62,37 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(
-        self, input_ids, doc_start, predict, labels=None, uniform_gradient=False, cache=None
-    ):
+    def forward(self, input_ids, doc_start, predict, labels=None, uniform_gradient=False):
         """Losses, or logits, of the tokens that follow the positions `predict`.
 
         input_ids (T,) int64, doc_start (T,) int32, predict (N,) int64 positions in the row.
-        With labels (N,) int64: their negative log-likelihood (N,) fp32; `uniform_gradient=True`
-        promises that the loss is a multiple of its sum (see kernels/cross_entropy.py).
-        Without: logits (N, V) fp32. `cache`: a pass of cache.py, for tokens that are kept or go on
-        from kept ones; it knows the positions, and doc_start is None.
+        Without labels: logits (N, V) fp32. With labels (N,) int64: their negative log-likelihood
+        (N,) fp32; `uniform_gradient=True` promises that the loss is a multiple of its sum.
 
         The head sees only `predict`: prompts, which are not trained, never reach it. It is applied
-        here, not by the caller, because FSDP2 gathers its weight only for this call.
+        in here, not by the caller, because FSDP2 gathers its weight for this call alone.
         """
-        hidden = self.model(input_ids, doc_start, cache)[predict]  # (N, E)
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        # What depends on the documents alone is made once here, not once per layer.
+        positions = torch.arange(len(input_ids), device=doc_start.device) - doc_start
+        doc_end = document_ends(doc_start)
+        attend = functools.partial(attention, doc_start=doc_start, doc_end=doc_end)
+        hidden = self.model(input_ids, positions, [attend] * len(self.model.layers))
+        return self.head(hidden[predict], labels, uniform_gradient)
+
+    def head(self, hidden, labels=None, uniform_gradient=False):
+        """Losses (N,) of labels (N,), or without labels logits (N, V), from hidden (N, E)."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if labels is None:
-            return F.linear(hidden, head).float()  # (N, V)
-        return linear_cross_entropy(hidden, head, labels, uniform_gradient=uniform_gradient)
+            return F.linear(hidden, weight).float()
+        return linear_cross_entropy(hidden, weight, labels, uniform_gradient=uniform_gradient)
 
 
 class Decoder(nn.Module):
-    """Embedding, the blocks, and the last normalisation: hidden states (T, E) of a packed row."""
+    """Embedding, the blocks, and the last normalisation: hidden states (T, E) of a row.
+
+    positions (T,) count from the start of a token's document. attends: a function (q, k, v) -> out
+    for each layer, by which its tokens attend; shapes as in kernels/attention.py.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -83,19 +101,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, doc_start, cache=None):
-        # What depends on the documents alone is made once here, not once per layer.
+    def forward(self, input_ids, positions, attends):
         x = self.embed_tokens(input_ids)  # (T, E)
-        if cache is None:
-            positions = torch.arange(len(input_ids), device=doc_start.device) - doc_start
-            cos, sin = rotary_angles(positions, self.config, x.dtype)
-            layout = attention_layout(doc_start)
-            for layer in self.layers:
-                x = layer(x, cos, sin, doc_start, layout)
-        else:  # the cache knows the positions, and what each layer has read
-            cos, sin = rotary_angles(cache.positions, self.config, x.dtype)
-            for layer, cached in zip(self.layers, cache.attentions(), strict=True):
-                x = layer(x, cos, sin, None, None, cached)
+        cos, sin = rotary_angles(positions, self.config, x.dtype)
+        for layer, attend in zip(self.layers, attends, strict=True):
+            x = layer(x, cos, sin, attend)
         return self.norm(x)
 
 
@@ -109,13 +119,13 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, doc_start, layout, cached=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, doc_start, layout, cached)
+    def forward(self, x, cos, sin, attend):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Attention(nn.Module):
-    """Causal self-attention inside each document, with H query heads sharing Hk key/value heads."""
+    """Self-attention: H query heads share Hk key/value heads, and `attend` says who sees whom."""
 
     def __init__(self, config):
         super().__init__()
@@ -126,13 +136,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(E, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, E, bias=False)
 
-    def forward(self, x, cos, sin, doc_start, layout, cached=None):
+    def forward(self, x, cos, sin, attend):
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attention(q, k, v, doc_start, layout) if cached is None else cached(q, k, v)
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(attend(q, k, v).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -165,8 +174,8 @@ class RMSNorm(nn.Module):
 def rotary_angles(positions, config, dtype):
     """cos and sin (T, 1, D) of position · theta^(-2i/D), in fp32 (Su et al. 2021, eq. 15).
 
-    The D/2 angles stand twice, side by side: Hugging Face's layout pairs element i with i + D/2,
-    where the paper and Meta's weights pair 2i with 2i + 1.
+    The D/2 angles come twice, one copy after the other: Hugging Face's layout pairs element i with
+    i + D/2, the paper and Meta's weights 2i with 2i + 1.
     """
     D = config.head_dim
     exponents = torch.arange(0, D, 2, dtype=torch.float32, device=positions.device) / D

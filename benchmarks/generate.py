@@ -108,7 +108,7 @@ def models(config, shape, folder, device, dtype):
 
 def compare(config, ours, theirs, prompts, batch):
     """Rounds of both: seconds, CPU seconds, tokens, and how many answers differ."""
-    ours.slots, ours.cache = batch, None
+    ours.cached.slots, ours.cached.cache = batch, None
     sampling, lengths = Sampling(max(ours.lengths[: len(prompts)])), ours.lengths
 
     def our_turn():

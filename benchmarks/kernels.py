@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure, table
-from kernels.attention import attention, attention_layout
+from kernels.attention import attention, document_ends
 from kernels.cross_entropy import linear_cross_entropy
 from program.flags import parse_args
 
@@ -25,8 +25,8 @@ from program.flags import parse_args
 def ours(q, k, v, lengths):
     """kernels/attention.py."""
     doc_start = measure.doc_start_of(lengths, q.device)
-    layout = attention_layout(doc_start)
-    return lambda: attention(q, k, v, doc_start, layout), (q, k, v)
+    doc_end = document_ends(doc_start)
+    return lambda: attention(q, k, v, doc_start, doc_end), (q, k, v)
 
 
 def sdpa(backend):

@@ -50,7 +50,7 @@ class Case:
             torch.randn(T, heads, D, device=device, dtype=dtype) for heads in (H, Hk, Hk, H)
         )
         doc_start = measure.doc_start_of(lengths, device)
-        doc_end = attention.attention_layout(doc_start)
+        doc_end = attention.document_ends(doc_start)
         out, lse = attention.attention_op(q, k, v, doc_start, doc_end)
         delta, dq, dk, dv = (torch.empty_like(x) for x in (lse, q, k, v))
         self.arguments = {

@@ -1,63 +1,60 @@
 """Negative log-likelihood of each label from hidden states, without a full matrix of logits.
 
-The head and the loss of LLaMA 2 in one call of model.py's `Llama.forward`, for SFT and DPO alike.
-N tokens times V = 32,000 logits would be the largest tensor of the whole step, and its gradient as
-large again; here a fixed workspace holds the logits of some rows at a time.
+The head of LLaMA 2 and its loss in one call, for SFT and DPO alike. All N times V = 32,000 logits
+would be the largest tensor of a training step, and their gradient as large again; here a workspace
+of fixed size holds the logits of some rows at a time.
 
-Shapes: N predicted tokens, E hidden size, V vocabulary.
-
-For a token with hidden state h, label y, logits z = W h, and g the gradient of the loss with
-respect to its nll:
+N predicted tokens, E hidden size, V vocabulary. For a token with hidden state h, label y, logits
+z = W h, and g the gradient of the loss with respect to its nll:
 
     nll = log Σ_c exp(z_c) - z_y      p_c = exp(z_c) / Σ_c exp(z_c)                            (1)
     dz_c = g p_c  for c ≠ y           dz_y = g (p_y - 1) = -g Σ_{c≠y} p_c                      (2)
     dh = Wᵀ dz                        dW = Σ_tokens dz hᵀ                                      (3)
 
-All exponents are taken after the row's largest logit m. The label's gradient is the sum on the
-right of (2): p_y - 1 cancels for a confident token, in bf16 to nothing from p_y = 0.998 on, and
-what is left of its gradient with it.
+Exponentials are of z - m, m the row's largest logit. The label's gradient is the sum on the right
+of (2): p_y - 1 cancels for a confident token, in bf16 to zero from p_y = 0.998 on.
 
-Logits, (3) twice: three matrix products of 2 N V E FLOPs if g is known beforehand or is the same
-for all tokens (SFT), four if the logits have to be made again once g is known (DPO). Next to them
-everything else is memory traffic, per logit, with 2-byte weights: naive 4 B written, 4 read for
-log-softmax, 4 written, 4 read and 4 written for its gradient, 2 twice for the products; here 4
-written, 4 read (again from the cache), 2 written, 2 read twice, and all of it in one workspace.
+The logits and each product of (3) take 2 N V E FLOPs: three products if g is known beforehand or is
+the same for all tokens (SFT), four if logits are made again once g is known (DPO). The rest is
+memory traffic; bytes per logit, with 2-byte weights:
+
+              logits   log-softmax    its gradient    products of (3)
+    naive     4 out    4 in, 4 out    4 in, 4 out     2 in, twice
+    here      4 out    4 in           4 in*, 2 out    2 in, twice      * from the chip's cache
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# Bytes of logits held at a time. On CPU, V = 32,000 and E = 256 in fp32 (2 cores): 64 MB (512 rows)
-# ran at 116 GFLOP/s, 8 MB at 81 (matrix products too flat), all 3,000 rows at 99 (out of cache).
+# Bytes of logits in a chunk of rows. On CPU, V = 32,000 and E = 256 in fp32 (2 cores), 64 MiB (512
+# rows) ran at 116 GFLOP/s, 8 MiB at 81 (matrix products too flat), all 3,000 rows at 99.
 CPU_WORKSPACE = 64 << 20
-# On CUDA 2,048 rows of V = 32,000 in fp32. Every chunk also reads and writes the fp32 sum of dW
-# once (1 GB at E = 4,096), which many rows must share; with that sum (500 MiB, of which dW itself
-# takes the place of 250 at the end) the working memory stays below 600 MiB.
+# On CUDA 2,048 rows of V = 32,000. Every chunk reads and writes the fp32 sum of dW once (1 GB at
+# E = 4,096): smaller chunks, more traffic. The logits are freed before that sum (500 MiB) becomes
+# dW, so the memory used beside inputs and gradients stays below 600 MiB.
 CUDA_WORKSPACE = 256 << 20
-# Rows come in multiples of this, whatever V: 1,024 rows times E = 4,096 are 128 tiles of 128 x 256,
-# about one for each multiprocessor of an H100 (132). Fewer would not fill it; 2,560, computed here
-# as 2.4 rounds of tiles, would leave it a fifth idle in the third.
+# On CUDA a chunk's rows are a multiple of this: dh of 1,024 rows at E = 4,096 is 128 tiles of 128 x
+# 256 for the 132 multiprocessors of an H100; 2,560 rows are 2.4 rounds, the third half idle.
 ROWS = 1024
 
 
 def linear_cross_entropy(hidden, weight, labels, uniform_gradient=False):
     """nll (N,) fp32 = logsumexp(hidden weightᵀ) - the label's logit, differentiable in both.
 
-    hidden (N, E), weight (V, E), labels (N,) int64. Any upstream gradient is right. With
+    hidden (N, E), weight (V, E), labels (N,) int64; the upstream gradient may be anything. With
     `uniform_gradient=True` the caller promises that the loss is a multiple of nll.sum(): gradients
     are then made in the forward pass, three matrix products instead of four, and scaled by that
-    multiple in backward; where the promise was broken they are NaN.
+    multiple in backward. Where the promise was broken they are NaN.
     """
-    chunked = cross_entropy_triton if hidden.is_cuda else cross_entropy_cpu
     make_now = uniform_gradient and torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(hidden, weight, labels, make_now, chunked)
+    return LinearCrossEntropy.apply(hidden, weight, labels, make_now, hidden.is_cuda)
 
 
 def linear_cross_entropy_triton(hidden, weight, labels, uniform_gradient=False):
     """The same by the kernel, on CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     make_now = uniform_gradient and torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(hidden, weight, labels, make_now, cross_entropy_triton)
+    return LinearCrossEntropy.apply(hidden, weight, labels, make_now, True)
 
 
 def linear_cross_entropy_reference(hidden, weight, labels):
@@ -68,26 +65,27 @@ def linear_cross_entropy_reference(hidden, weight, labels):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Autograd around `chunked`, which is `cross_entropy_cpu` or its like on another device."""
+    """The losses, with gradients made in the forward pass (`make_now`) or in backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, make_now, chunked):
+    def forward(ctx, hidden, weight, labels, make_now, by_kernel):
+        cross_entropy = cross_entropy_triton if by_kernel else cross_entropy_cpu
         ones = torch.ones(len(labels), device=hidden.device) if make_now else None
-        nll, d_hidden, d_weight = chunked(hidden, weight, labels, ones)
-        ctx.make_now, ctx.chunked = make_now, chunked
+        nll, d_hidden, d_weight = cross_entropy(hidden, weight, labels, ones)
+        ctx.make_now, ctx.by_kernel = make_now, by_kernel
         ctx.save_for_backward(*((d_hidden, d_weight) if make_now else (hidden, weight, labels)))
         return nll
 
     @staticmethod
     def backward(ctx, d_nll):
         if not ctx.make_now:
-            return *ctx.chunked(*ctx.saved_tensors, d_nll)[1:], None, None, None
-        d_hidden, d_weight = ctx.saved_tensors
+            cross_entropy = cross_entropy_triton if ctx.by_kernel else cross_entropy_cpu
+            return *cross_entropy(*ctx.saved_tensors, d_nll)[1:], None, None, None
         # Checked without asking the device for the answer: a broken promise turns into NaN, on
         # which the training loop stops. (The sum of one element, or of none where N = 0.)
         uniform = (d_nll == d_nll[:1]).all()
         scale = torch.where(uniform, d_nll[:1].sum(), torch.nan)
-        d_hidden, d_weight = (x.mul_(scale.to(x.dtype)) for x in (d_hidden, d_weight))
+        d_hidden, d_weight = (x.mul_(scale.to(x.dtype)) for x in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None
 
 
@@ -104,20 +102,17 @@ def cross_entropy_cpu(hidden, weight, labels, d_nll=None):
     for i in range(0, N, rows):
         here = slice(i, min(i + rows, N))
         label = labels[here, None]
-        z = torch.mm(h[here], w.T, out=workspace[: here.stop - i])  # (rows, V) logits
+        z = torch.mm(h[here], w.T, out=workspace[: here.stop - i])  # (rows, V)
         z_label, largest = z.gather(1, label), z.amax(dim=1, keepdim=True)
         z.sub_(largest).exp_()
-        # Of the softmax e/Σe, the true class's gradient is p - 1 = -(Σ of the others)/Σe: summed,
-        # not subtracted, so that it survives p -> 1.
-        others = z.scatter_(1, label, 0.0).sum(dim=1, keepdim=True)
+        others = z.scatter_(1, label, 0.0).sum(dim=1, keepdim=True)  # Σ_{c≠y} exp(z_c - m)
         total = others + (z_label - largest).exp()
-        nll[here] = (largest - z_label + total.log())[:, 0]
+        nll[here] = (largest - z_label + total.log())[:, 0]  # (1)
         if d_nll is not None:
-            z.scatter_(1, label, -others)
-            # Rows are divided by Σe and weighted here, where they are E and not V long.
+            z.scatter_(1, label, -others)  # (2) but for g / total, applied where rows are shorter
             scale = d_nll[here, None].to(exact) / total
-            d_hidden[here] = (z @ w) * scale
-            d_weight.addmm_(z.T, h[here] * scale)
+            d_hidden[here] = (z @ w) * scale  # (3)
+            d_weight.addmm_(z.T, h[here] * scale)  # (3)
     if d_nll is not None:
         d_hidden, d_weight = d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
     return nll, d_hidden, d_weight
@@ -130,10 +125,10 @@ def softmax_kernel(
 ):  # fmt: skip
     """nll of one row of fp32 logits by (1) and, in the row's own memory, d_logits by (2).
 
-    d_logits are half as wide where they are bf16, so a block is written where it, or an earlier
-    one, was read: only after all threads have read theirs, hence the barrier. The row is read to
-    its padded end, a multiple of 16, and what lies beyond V put out of count afterwards: a mask by
-    V or by the label would turn the 16-byte accesses into one for each logit.
+    In bf16, d_logits are half as wide as logits, so a block is written where it, or an earlier one,
+    was read. All threads must have read theirs before: hence the barrier. The row is read to its
+    padded end, a multiple of 16, and what lies beyond V is excluded afterwards: a mask by V or by
+    the label would turn each 16-byte access into one for each logit.
     """
     row = tl.program_id(0).to(tl.int64)
     logits += row * LOGITS_ROW
@@ -150,24 +145,23 @@ def softmax_kernel(
         others = others * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
         m = m_new
     total = others + tl.exp(z_label - m)
-    tl.store(nll + row, m - z_label + tl.log(total))
+    tl.store(nll + row, m - z_label + tl.log(total))  # (1)
     if GRADIENT:
         g = tl.load(d_nll + row)
         for start in range(0, V, BLOCK):
             c = start + tl.arange(0, BLOCK)
             z = tl.load(logits + c, mask=c < LOGITS_ROW, other=0.0)  # (BLOCK,)
             z = tl.where(c < V, z, -float("inf"))
-            d_z = tl.where(c == label, -others, tl.exp(z - m)) * (g / total)
+            d_z = tl.where(c == label, -others, tl.exp(z - m)) * (g / total)  # (2)
             tl.debug_barrier()
             d_z = d_z.to(d_logits.dtype.element_ty)
             tl.store(d_logits + c, d_z, mask=c < LOGITS_ROW)  # (BLOCK,)
 
 
 def softmax_block(V):
-    """Logits read at a time, by all threads of a multiprocessor's half.
+    """Logits of a row read at a time, by 1,024 threads: a multiprocessor has two rows in work.
 
-    Two rows to a multiprocessor: 264 of an H100 are 34 MB, which its L2 cache still holds when the
-    second pass reads them again.
+    On an H100 that is 264 rows, 34 MB: its L2 cache still holds them when they are read again.
     """
     return {"BLOCK": min(16384, triton.next_power_of_2(V)), "num_warps": 32}
 
@@ -177,6 +171,12 @@ def cross_entropy_op(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, d_nll: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """nll, and for d_nll (N,) the gradients of hidden and weight (else two empty tensors)."""
+    nll, d_hidden, d_weight = losses_and_sums(hidden, weight, labels, d_nll)
+    return nll, d_hidden, d_weight.to(weight.dtype)  # by now the workspace is freed
+
+
+def losses_and_sums(hidden, weight, labels, d_nll):
+    """As `cross_entropy_op`, chunk by chunk; the gradient of weight is a sum in fp32."""
     (N, E), V = hidden.shape, len(weight)
     padded = triton.cdiv(V, 64) * 64  # so that rows begin where wide accesses may
     rows = max(1, CUDA_WORKSPACE // (4 * padded) // ROWS) * ROWS
@@ -184,10 +184,10 @@ def cross_entropy_op(
     nll = hidden.new_empty(N, dtype=torch.float32)
     gradient = d_nll is not None
     d_hidden = hidden.new_empty((N, E) if gradient else 0)
-    d_weight = weight.new_zeros((V, E) if gradient and N == 0 else 0, dtype=torch.float32)
+    d_weight = None
     for i in range(0, N, rows):
         h = hidden[i : i + rows]
-        logits = product(h, weight.T, workspace[: len(h), :V])
+        logits = product(h, weight.T, out=workspace[: len(h), :V])
         # The same memory as elements of hidden's type: row r still begins at logits[r].
         d_logits = workspace[: len(h)].view(hidden.dtype)[:, :V]
         softmax_kernel[(len(h),)](
@@ -196,33 +196,33 @@ def cross_entropy_op(
             **softmax_block(V),
         )  # fmt: skip
         if gradient:
-            torch.mm(d_logits, weight, out=d_hidden[i : i + rows])
-            d_weight = product(d_logits.T, h, None if i == 0 else d_weight, accumulate=i > 0)
-    workspace = logits = d_logits = None  # freed before the last line asks for memory
-    return nll, d_hidden, d_weight.to(weight.dtype)
+            torch.mm(d_logits, weight, out=d_hidden[i : i + rows])  # (3)
+            d_weight = product(d_logits.T, h, add_to=d_weight)  # (3)
+    if d_weight is None:  # no gradient is asked for, or there are no tokens
+        d_weight = weight.new_zeros((V, E) if gradient else 0)
+    return nll, d_hidden, d_weight
 
 
-def product(a, b, out, accumulate=False):
-    """out = a b, or out += a b, in fp32 from 16-bit factors."""
+def product(a, b, out=None, add_to=None):
+    """a b in fp32 from 16-bit factors: added to `add_to`, else written to `out` or new memory."""
     if not a.is_cuda:  # the interpreter's side: torch has no such product on CPU
         a, b = a.float(), b.float()
-        return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-    if accumulate:
-        return torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return torch.mm(a, b, out=out) if add_to is None else add_to.addmm_(a, b)
+    if add_to is None:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.addmm(add_to, a, b, out_dtype=torch.float32, out=add_to)
 
 
 @cross_entropy_op.register_fake
 def _(hidden, weight, labels, d_nll):
-    (N, E), V = hidden.shape, len(weight)
-    nll = hidden.new_empty(N, dtype=torch.float32)
+    nll = hidden.new_empty(len(hidden), dtype=torch.float32)
     if d_nll is None:
         return nll, hidden.new_empty(0), weight.new_empty(0)
-    return nll, hidden.new_empty(N, E), weight.new_empty(V, E)
+    return nll, torch.empty_like(hidden), torch.empty_like(weight)
 
 
 def cross_entropy_triton(hidden, weight, labels, d_nll=None):
-    """What `cross_entropy_cpu` does, by the kernel."""
+    """As `cross_entropy_cpu`, by the kernel."""
     if d_nll is not None:
         d_nll = d_nll.float().contiguous()
     return cross_entropy_op(hidden.contiguous(), weight.contiguous(), labels.contiguous(), d_nll)

@@ -1,6 +1,8 @@
 """model.py against transformers' LlamaForCausalLM, on tiny random models in fp32."""
 
 import json
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -144,7 +146,7 @@ def test_a_packed_row_equals_its_documents_alone():
 
 
 def test_positions_restart_in_every_document(monkeypatch):
-    """The angles themselves: a loss would hardly show it, since rotations are relative."""
+    """The positions themselves: since rotations are relative, a loss would hardly show them."""
     model, _ = make_pair({})
     seen = []
 
@@ -195,7 +197,7 @@ def test_normalisation_rounds_where_transformers_does(dtype):
 
 
 def test_only_predicted_positions_reach_the_head():
-    """The head's input has as many rows as `predict`; none of them is allowed, too."""
+    """The head's input has as many rows as `predict`, which may be empty."""
     model, _ = make_pair({})
     shapes = []
     model.model.norm.register_forward_hook(lambda *a: shapes.append(a[2].shape))
@@ -283,6 +285,26 @@ def test_real_configs_are_accepted(name):
     assert (config.rope_theta, config.head_dim, config.rms_norm_eps) == (theta, 128, 1e-5)
 
 
+def test_the_table_of_sizes_is_true():
+    """Each line of model.py's table is a published config and its number of parameters."""
+    doc = sys.modules[Llama.__module__].__doc__
+    lines = re.findall(r"^ +((?:Llama 2|Code Llama) \d+B) +(.*)$", doc, re.M)
+    for name, numbers in lines:
+        values, parameters, theta = REAL[name]
+        config = config_from_dict(values)
+        assert [float(number.replace(",", "")) for number in numbers.split()] == [
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.vocab_size,
+            theta,
+            parameters,
+        ]
+    assert len(lines) == 4
+
+
 @pytest.mark.parametrize(
     "rope, theta",
     [
@@ -364,7 +386,7 @@ def test_configs_that_transformers_writes_are_read(tmp_path):
     ids=str,
 )  # fmt: skip
 def test_what_is_not_implemented_is_refused(changes):
-    """Each field that would be computed wrongly, or makes no sense, is named with its value."""
+    """Each field that is not implemented, or makes no sense, is named in the error."""
     with pytest.raises(InputError, match=next(iter(changes))):
         config_from_dict(TINY | changes, "the-path")
     with pytest.raises(InputError, match="^the-path: "):

@@ -1,25 +1,19 @@
 """Log-probabilities of answers: the policy's, with gradients, and the reference's, made once.
 
-Both come from `answer_logps`, so that before the first update they are equal but for rounding. The
-reference's stand beside the data under a hash of all that decides them. Called by dpo.py.
+Both come from `answer_logps`, so that before the first update they are equal but for rounding.
+Called by dpo.py.
 """
 
-import contextlib
-import dataclasses
-import hashlib
-import json
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoint.reference_file import read_reference, reference_files, write_reference
 from data import pack_row, plan_rows
-from program.errors import RunError, one_line
-from program.files import written_aside
+from program.errors import RunError
 
 
 def answer_logps(model, documents, pairs, device):
@@ -79,36 +73,3 @@ def check_reference(logps, documents, pairs):
             f"the model gives {len(bad):,} of the first {pairs[-1] + 1:,} pairs log-probabilities "
             f"that are not finite, among them {names}"
         )
-
-
-def reference_files(model, documents, config, weights):
-    """Where the reference may be kept, under a hash of all that decides it."""
-    shape = dataclasses.asdict(model.config)
-    facts = json.dumps([weights, shape, documents.key, config.max_seq_len, config.dtype])
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
-    name = f"{documents.paths[0].name}.reference-{key}"
-    return [documents.paths[0].parent / name, Path(config.out) / name]
-
-
-def read_reference(paths, unknown):
-    """The reference kept in the first of `paths` that is there; `unknown` where none is whole."""
-    for path in paths:
-        with contextlib.suppress(OSError):  # most often: no such file
-            content = path.read_bytes()
-            if content[:32] == hashlib.sha256(content[32:]).digest():
-                return torch.frombuffer(bytearray(content[32:]), dtype=torch.float64).view(-1, 2)
-            print(f"warning: {path} is damaged and is made anew", file=sys.stderr)
-    return unknown
-
-
-def write_reference(paths, logps):
-    """Write a SHA-256 and the numbers to the first of `paths` that takes them."""
-    content = logps.numpy().tobytes()
-    for path in paths:
-        try:
-            with written_aside(path, "wb") as file:
-                file.write(hashlib.sha256(content).digest() + content)
-            return
-        except OSError as error:
-            refusal = error
-    raise RunError(f"the reference's log-probabilities could not be kept ({one_line(refusal)})")

@@ -1,4 +1,4 @@
-"""decoding.py and cache.py against transformers' generate and full forward passes, in fp32."""
+"""decoding/ against transformers' generate and against full forward passes, in fp32."""
 
 import random
 from functools import partial
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo import lookup_backend
+from torch.nn.functional import scaled_dot_product_attention
 
 from decoding.cuda_graphs import GraphedStep
 from decoding.generator import TextGenerator
@@ -75,7 +76,7 @@ def test_each_step_equals_the_full_forward(name):
     texts = [[rng.randrange(3, 101) for _ in range(12)] for rng in map(random.Random, range(3))]
     seen = []
 
-    def follow(logits, sequences, sampling):  # instead of choosing: the text goes on as given
+    def follow(logits, sequences, sampling):  # in place of `choose`: the text goes on as given
         seen.append((logits, [(s.number, len(s.new)) for s in sequences]))
         return torch.tensor([texts[s.number][4 * s.number + 1 + len(s.new)] for s in sequences])
 
@@ -99,9 +100,9 @@ def test_option_logps_are_transformers(beginning):
         [[rng.randrange(3, 101) for _ in range(rng.choice((1, 1, 2, 5)))] for _ in range(4)]
         for _ in prompts
     ]
-    found = TextGenerator(ours, Numbers(), slots=3).option_logps(prompts, options)
-    for prompt, own, logps in zip(prompts, options, found, strict=True):
-        for option, logp in zip(own, logps, strict=True):
+    scores = TextGenerator(ours, Numbers(), slots=3).option_logps(prompts, options)
+    for prompt, of_prompt, logps in zip(prompts, options, scores, strict=True):
+        for option, logp in zip(of_prompt, logps, strict=True):
             with torch.no_grad():
                 all_logps = theirs(torch.tensor([prompt + option])).logits[0].log_softmax(-1)
             places = range(len(prompt) - 1, len(prompt) + len(option) - 1)
@@ -110,16 +111,17 @@ def test_option_logps_are_transformers(beginning):
 
 
 def test_no_option_and_an_empty_one():
-    """A prompt without options has no result; no token follows with certainty."""
+    """A prompt without options has no result; an empty option has log-probability 0."""
     ours, _ = make_pair({})
-    found = TextGenerator(ours, Numbers()).option_logps([[3, 4], [5], [6]], [[[], [7]], [], [[7]]])
-    assert [len(own) for own in found] == [2, 0, 1]
-    assert found[0][0] == 0 > found[0][1] and found[2][0] < 0
+    prompts, options = [[3, 4], [5], [6]], [[[], [7]], [], [[7]]]
+    scores = TextGenerator(ours, Numbers()).option_logps(prompts, options)
+    assert [len(logps) for logps in scores] == [2, 0, 1]
+    assert scores[0][0] == 0 > scores[0][1] and scores[2][0] < 0
     assert TextGenerator(ours, Numbers()).option_logps([], []) == []
 
 
 def test_no_memory_for_the_cache(monkeypatch):
-    """The error says what was wanted, and which flag makes it less."""
+    """The error says what was asked for, and which flag makes it less."""
     ours, _ = make_pair({})
     generator = TextGenerator(ours, Numbers(), slots=2)
 
@@ -131,8 +133,8 @@ def test_no_memory_for_the_cache(monkeypatch):
         generator.generate([[3]], Sampling(5))
 
 
-def test_samples_are_a_prompts_own():
-    """The same for any number of slots and whatever else is asked; another seed, other samples."""
+def test_samples_do_not_depend_on_other_prompts():
+    """The same for any number of slots and any other prompts; another seed, other samples."""
     ours, _ = make_pair({})
     prompts, sampling = make_prompts(6), Sampling(9, temperature=1.0, top_p=0.9)
     alone = [TextGenerator(ours, Numbers(), slots=1).generate([p], sampling, [k])[0]
@@ -215,8 +217,8 @@ def test_equal_prompts_are_answered_like_one():
         assert found[-1] == pytest.approx(alone[0], abs=2e-5)  # two times 1e-5, see test_model
 
 
-def test_stream_goes_on_from_what_was_read():
-    """The pieces are generate's text; a second turn reads only what is new, also after Ctrl-C."""
+def test_stream_goes_on_from_the_last_one():
+    """The pieces are generate's text; a second turn runs only what is new, also after Ctrl-C."""
     ours, _ = make_pair({})
     generator, fresh = (TextGenerator(ours, Numbers(), slots=1) for _ in range(2))
     prompt, sampling = make_prompts(4)[1] * 3, Sampling(11)
@@ -225,13 +227,13 @@ def test_stream_goes_on_from_what_was_read():
     assert "".join(text for text, _ in pieces) == expected.text
     assert [finish for _, finish in pieces][-1] == expected.finish == "length"
     assert all(finish is None for _, finish in pieces[:-1])
-    read = []
-    ours.model.embed_tokens.register_forward_pre_hook(lambda _, args: read.append(len(args[0])))
+    tokens = []  # of each forward pass
+    ours.model.embed_tokens.register_forward_pre_hook(lambda _, args: tokens.append(len(args[0])))
     second = prompt + expected.ids[:5] + [EOS, 7, 8, 9]
     stream = generator.stream(second, sampling)
     next(stream), next(stream)
     stream.close()  # as Ctrl-C does
-    assert read[0] == 4  # EOS and the three after it
+    assert tokens[0] == 4  # EOS and the three after it
     third = second + [11, 12]
     assert "".join(t for t, _ in generator.stream(third, sampling)) == "".join(
         t for t, _ in fresh.stream(third, sampling)
@@ -239,7 +241,7 @@ def test_stream_goes_on_from_what_was_read():
 
 
 def test_a_chat_outgrows_its_cache():
-    """A turn that needs a larger one is answered as if it were the first, up to the context."""
+    """A turn that needs a larger cache is answered as if it were the first, up to the context."""
     ours, _ = make_pair({})
     generator, prompts = TextGenerator(ours, Numbers(), context=411, slots=1), make_prompts(4)
     capacities = []
@@ -248,7 +250,7 @@ def test_a_chat_outgrows_its_cache():
         answer = "".join(text for text, _ in generator.stream(ids, Sampling(5)))
         fresh = TextGenerator(ours, Numbers(), context=411).generate([ids], Sampling(5))[0]
         assert answer == fresh.text
-        capacities.append(generator.cache.capacity)
+        capacities.append(generator.cached.cache.capacity)
     assert capacities == [256, 512, 512, 512]
 
 
@@ -263,7 +265,7 @@ def test_too_long_a_prompt_is_refused():
 
 
 def test_continuation_keeps_the_space(tokenizer_folder):
-    """Text of a continuation, so that the whole is prompt plus answer: code needs its indent."""
+    """Prompt plus continuation is the text of both together: code needs its indent."""
     tokenizer = Tokenizer(tokenizer_folder)
     for text in ("def add(a, b):\n    return a", "a  b", "Größe 日本"):
         ids = tokenizer.sp.encode(text)
@@ -274,7 +276,7 @@ def test_continuation_keeps_the_space(tokenizer_folder):
 
 
 def test_ids_without_a_piece_have_no_text(tokenizer_folder):
-    """A model whose embedding was padded can choose a row that the tokenizer has nothing for."""
+    """A model with a padded embedding can choose an id that the tokenizer has no piece for."""
     tokenizer = Tokenizer(tokenizer_folder)
     ids = tokenizer.sp.encode("The dog")
     padded = [ids[0], tokenizer.vocab_size, *ids[1:], tokenizer.vocab_size + 9]
@@ -282,18 +284,52 @@ def test_ids_without_a_piece_have_no_text(tokenizer_folder):
     assert tokenizer.decode(padded) == "The dog" and tokenizer.visible(padded) == " The dog"
 
 
-class Replayed(GraphedStep):
-    """Without a GPU: the recorded step is run again, on the inputs that it was recorded with."""
+LAYOUTS = {
+    "as on CUDA, (B, S, H, D) in memory": (0, 2, 1, 3),
+    "heads last": (0, 2, 3, 1),
+}
 
-    def record(self, filled, limit):
-        inputs, logits = filled.clone(), self.step(*filled, limit)
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["1:1", "2:1, like Code Llama"])
+def test_attention_may_return_any_strides(name, layout, monkeypatch):
+    """The same answers, streams and scores whatever the memory order of torch's attention."""
+    ours, _ = make_pair(VARIANTS[name])
+    prompts, options = make_prompts(6, beginning=41), [[[4, 5], [6, 7, 8], [9]]] * 6
+    calls = []
+
+    def everything():
+        generator = TextGenerator(ours, Numbers(), slots=4)
+        answers = generator.generate(prompts, Sampling(5))
+        turns = [prompts[0][:-1], prompts[0] + [7, 8]]
+        streams = [list(generator.stream(turn, Sampling(5))) for turn in turns]
+        return answers, streams, generator.option_logps(prompts, options)
+
+    def permuted(*arguments):
+        out = scaled_dot_product_attention(*arguments)
+        order = LAYOUTS[layout]
+        back = [order.index(dim) for dim in range(4)]
+        calls.append(out.shape)
+        return out.permute(order).contiguous().permute(back)
+
+    expected = everything()
+    monkeypatch.setattr("decoding.kv_cache.scaled_dot_product_attention", permuted)
+    assert everything() == expected
+    assert len({shape[0] for shape in calls}) > 1  # batches of steps, and single extensions
+
+
+class Replayed(GraphedStep):
+    """Without a GPU: the recorded step runs again, on the inputs that it was recorded with."""
+
+    def record(self, batch, limit):
+        inputs, logits = batch.clone(), self.step(*batch, limit)
         again = SimpleNamespace(replay=lambda: logits.copy_(self.step(*inputs, limit)))
         self.shapes = getattr(self, "shapes", set()) | {(len(logits), limit)}
         return again, inputs, logits
 
 
 def test_recorded_steps_and_how_often_they_compile(monkeypatch):
-    """The same answers from filled rows and rounded limits; the step is one graph, compiled
+    """The same answers from padded batches and rounded limits; the step is one graph, compiled
     once for one sequence and once for several, however large the caches."""
     ours, _ = make_pair(VARIANTS["2:1, like Code Llama"])
     generator, prompts = TextGenerator(ours, Numbers(), slots=4), make_prompts(6)
@@ -308,7 +344,7 @@ def test_recorded_steps_and_how_often_they_compile(monkeypatch):
         longest + prompts,
         prompts[:2],
     ]
-    expected = [generator.generate(own, Sampling(9)) for own in asked]
+    expected = [generator.generate(batch, Sampling(9)) for batch in asked]
     compiled, compile, aot_eager = [], torch.compile, lookup_backend("aot_eager")
 
     def backend(graph, inputs):
@@ -317,25 +353,26 @@ def test_recorded_steps_and_how_often_they_compile(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(compile, backend=backend, fullgraph=True))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    generator.cache, generator.graphs = None, Replayed(generator.step)
-    for own, answers in zip(asked, expected, strict=True):
-        assert generator.generate(own, Sampling(9)) == answers
-    assert generator.cache.capacity == 768
-    assert generator.graphs.shapes >= {(4, 256), (1, 512), (2, 256), (1, 256), (1, 768)}
+    cached = generator.cached
+    cached.cache, cached.graphs = None, Replayed(cached.step)
+    for batch, answers in zip(asked, expected, strict=True):
+        assert generator.generate(batch, Sampling(9)) == answers
+    assert generator.cached.cache.capacity == 768
+    assert cached.graphs.shapes >= {(4, 256), (1, 512), (2, 256), (1, 256), (1, 768)}
     assert len(compiled) <= 3  # torch begins one of the two again
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("beginning", [0, 41])
 def test_graphs_on_a_gpu(beginning):
-    """Recorded steps give the tokens of steps that are not, in fp32, and the CPU's in the end."""
-    # The kernel that reads prompts takes heads of 16 elements and more.
+    """Recorded steps give the tokens of steps that are not, in fp32, and the CPU's tokens."""
+    # The attention kernel, which prefill runs, takes heads of 16 elements and more.
     ours, _ = make_pair(VARIANTS["2:1, like Code Llama"] | {"head_dim": 16})
     prompts, sampling = make_prompts(11, beginning), Sampling(300)
     expected = TextGenerator(ours, Numbers(), slots=4).generate(prompts, sampling)
     generator = TextGenerator(ours.cuda(), Numbers(), slots=4)
     recorded = generator.generate(prompts, sampling)
-    assert len(generator.graphs.recorded) >= 3  # of 4, 2 and 1 sequences, or of two limits
-    generator.graphs = None
+    assert len(generator.cached.graphs.recorded) >= 3  # of 4, 2 and 1 sequences, or of two limits
+    generator.cached.graphs = None
     assert [a.ids for a in generator.generate(prompts, sampling)] == [a.ids for a in recorded]
     assert [a.ids[:20] for a in recorded] == [a.ids[:20] for a in expected]

@@ -1,4 +1,4 @@
-"""sampling.py: tokens are drawn as their probabilities say, and what of an answer may be shown."""
+"""sampling.py: tokens come as often as their probabilities say; which characters may be shown."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -59,7 +59,7 @@ def test_top_p_that_is_reached_exactly_admits_no_further_token():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers(temperature):
-    """They end the run, and no token is made up."""
+    """They end the run: no token is chosen."""
     logits = torch.zeros(2, 7)
     logits[1, 3] = torch.nan
     with pytest.raises(RunError, match="not finite"):

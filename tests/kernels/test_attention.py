@@ -1,19 +1,21 @@
 """kernels/attention.py against its definition in fp64; the kernels on a GPU or interpreted."""
 
 import math
+import re
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+import kernels.attention
 from kernels.attention import (
     attention,
-    attention_layout,
     attention_reference,
     attention_triton,
     backward_kv_kernel,
     blocks,
+    document_ends,
     forward_kernel,
     keys_of,
     shared_memory,
@@ -66,13 +68,13 @@ def test_attention_on_cpu_equals_the_definition(lengths, H, Hk):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_layout_holds_the_ends_and_changes_nothing():
-    """The layout made once per row is what `attention` would make itself."""
+def test_document_ends_made_once_change_nothing():
+    """doc_end made once per row is what `attention` would make itself."""
     doc_start = doc_start_of([5, 1, 9])
-    assert attention_layout(doc_start).tolist() == [5] * 5 + [6] + [15] * 9
+    assert document_ends(doc_start).tolist() == [5] * 5 + [6] + [15] * 9
     q, k, v, _ = make_inputs([5, 1, 9], 2, 1, 16, torch.float32)
-    with_layout = attention(q, k, v, doc_start, attention_layout(doc_start))
-    assert torch.equal(with_layout, attention(q, k, v, doc_start))
+    with_ends = attention(q, k, v, doc_start, document_ends(doc_start))
+    assert torch.equal(with_ends, attention(q, k, v, doc_start))
 
 
 def naive(q, k, v, doc_start):
@@ -86,11 +88,11 @@ def naive(q, k, v, doc_start):
 
 
 def assert_as_exact_as_naive(function, inputs, doc_start):
-    """No result of function is further from fp64 than four times the naive one in the same type.
+    """The error against fp64 is at most four times the naive one's in the same type, plus a floor.
 
-    An exponent is rounded three times here (to base 2, lse, their difference) where naively it is
-    once, and sums have another order; and a floor of two roundings of the largest value of all
-    results, for where the naive one happens to be exact (documents of one token).
+    Four times: an exponent is rounded three times here (to base 2, lse, their difference) and once
+    in the naive form, and sums have another order. The floor, two roundings of the largest value of
+    all results, is for where the naive form happens to be exact (documents of one token).
     """
     dtype = inputs[0].dtype
     exact = run(attention_reference, *(x.double() for x in inputs), doc_start)
@@ -130,7 +132,7 @@ def test_kernels_in_fp32_on_every_kind_of_row(lengths):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
 @pytest.mark.parametrize("D", range(16, 129, 16))
 def test_kernels_for_every_head_size(D, dtype):
-    """Also those that are no power of 2, whose tiles are wider than they are."""
+    """Also those that are not a power of 2, whose tiles are wider than the head."""
     inputs = make_inputs([37, 1, 9], 1, 1, D, dtype)
     assert_as_exact_as_naive(attention_triton, inputs, doc_start_of([37, 1, 9]))
 
@@ -204,7 +206,7 @@ def walk_kernel(doc_start, walk, T, BM: tl.constexpr, BN: tl.constexpr):
 @pytest.mark.parametrize("lengths", [[900], [128, 256, 130], [5, 300, 1, 77, 450], [7] * 90])
 @pytest.mark.parametrize("BM, BN", [(128, 64), (128, 128), (16, 32)])
 def test_a_walk_covers_what_is_seen_and_masks_only_edges(lengths, BM, BN):
-    """It spans just the keys that some query of the tile sees; unmasked are those that all see.
+    """It spans the keys that some query of the tile sees; without a mask are those that all see.
 
     So the cost is that of the documents, and in a long one only the diagonal has a mask.
     """
@@ -219,6 +221,26 @@ def test_a_walk_covers_what_is_seen_and_masks_only_edges(lengths, BM, BN):
         assert low <= full <= high and (full - low) % BN == 0
         assert rows[:, low:full].all()
         assert len(doc_start[tile * BM : high].unique()) > 1 or high - full < BM + BN
+
+
+@kernel
+def test_the_picture_of_tiles_shows_the_walks():
+    """Each line of the module's picture spans the keys that `keys_of` gives, F without a mask."""
+    picture = re.search(r"^ +keys +A.*?\n\n", kernels.attention.__doc__, re.M | re.S)[0]
+    keys, *queries = picture.splitlines()[:-1]
+    begin, row = keys.index("A"), keys.split()[1]
+    doc_start = doc_start_of([row.count("A"), row.count("B")])
+    walk = torch.zeros(len(queries), 3, dtype=torch.int32, device=DEVICE)
+    walk_kernel[(len(walk),)](doc_start.to(DEVICE), walk, len(row), BM=4, BN=4)
+    for line, (low, full, high), first in zip(
+        queries, walk.tolist(), range(0, len(row), 4), strict=True
+    ):
+        last = min(first + 4, len(row)) - 1
+        assert re.search(r"(\d+)- *(\d+)", line).groups() == (str(first), str(last))
+        tiles = [(m.start() - begin, m[1]) for m in re.finditer(r"\[(\w) \]", line)]
+        edge = doc_start[first] != doc_start[last]
+        masked = "E" if edge else "D"
+        assert tiles == [(j, "F" if j < full else masked) for j in range(low, high, 4)]
 
 
 def poisoned(x, first, last):
@@ -255,7 +277,7 @@ def test_operators_have_shapes_and_gradients_for_the_compiler():
     inputs = make_inputs(lengths, 2, 1, 16, torch.float32)
     q, k, v, _ = (x.to(DEVICE).requires_grad_() for x in inputs)
     doc_start = doc_start_of(lengths).to(DEVICE)
-    doc_end = attention_layout(doc_start)
+    doc_end = document_ends(doc_start)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (q, k, v, doc_start, doc_end)
     torch.library.opcheck(torch.ops.tulu.attention, arguments, test_utils=tests)
@@ -269,9 +291,9 @@ def test_torch_compile_takes_them_whole():
     for lengths in ([5, 3], [8], [1, 9]):
         inputs = [x.to(DEVICE) for x in make_inputs(lengths, 2, 1, 16, torch.float16)]
         doc_start = doc_start_of(lengths).to(DEVICE)
-        layout = attention_layout(doc_start)
-        eager = run(attention_triton, *inputs, doc_start, layout)
-        for a, b in zip(run(compiled, *inputs, doc_start, layout), eager, strict=True):
+        doc_end = document_ends(doc_start)
+        eager = run(attention_triton, *inputs, doc_start, doc_end)
+        for a, b in zip(run(compiled, *inputs, doc_start, doc_end), eager, strict=True):
             assert torch.equal(a, b)
 
 
@@ -308,7 +330,7 @@ def test_on_a_gpu_the_same_bits_every_time():
 
 @gpu
 def test_on_a_gpu_without_waiting():
-    """Neither the layout nor a layer asks the GPU for a value."""
+    """Neither `document_ends` nor a layer asks the GPU for a value."""
     inputs = [x.cuda() for x in make_inputs([100, 156], 4, 2, 64, torch.bfloat16)]
     doc_start = doc_start_of([100, 156]).cuda()
     run(attention, *inputs, doc_start)  # compiles

@@ -67,7 +67,7 @@ def test_uniform_gradient_is_the_same_gradient():
 
 
 def test_a_broken_promise_of_uniformity_is_nan():
-    """Never silently the gradient of another loss."""
+    """The gradient of another loss would be silently wrong."""
     inputs = make_inputs(5, 11, 3, torch.float32)
     _, d_hidden, d_weight = run(uniform, *inputs)
     assert d_hidden.isnan().all() and d_weight.isnan().all()
@@ -101,7 +101,7 @@ def test_without_gradients_none_are_made(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_types(dtype):
-    """nll is fp32, gradients have the type of what they belong to."""
+    """nll is fp32; the gradients have the types of hidden and weight."""
     inputs = make_inputs(7, 11, 3, dtype)
     nll, d_hidden, d_weight = run(linear_cross_entropy, *inputs)
     assert (nll.dtype, d_hidden.dtype, d_weight.dtype) == (torch.float32, dtype, dtype)
@@ -114,10 +114,10 @@ def naive(hidden, weight, labels):
 
 
 def assert_as_exact_as_naive(function, inputs):
-    """No result of function is further from fp64 than the naive one in the same type.
+    """The error against fp64 is at most twice the naive one's in the same type, plus a floor.
 
-    Twice that, for another order of the same sums, and a floor of two roundings of the largest
-    value, for where the naive result happens to be exact.
+    Twice: the same sums in another order. The floor, two roundings of the largest value, is for
+    where the naive result happens to be exact.
     """
     dtype = inputs[0].dtype
     exact = run(linear_cross_entropy_reference, *(x.double() for x in inputs[:2]), *inputs[2:])

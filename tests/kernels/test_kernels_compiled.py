@@ -2,7 +2,7 @@
 
 Every kernel in every configuration that is shipped: all head sizes in all types, and the heads of
 Llama 2. Triton keeps what it compiled, so that only a kernel that changed costs time (all of them
-about a minute on two cores). `python tests/test_kernels_compiled.py` prints the table.
+about a minute on two cores). `python tests/kernels/test_kernels_compiled.py` prints the table.
 """
 
 import json

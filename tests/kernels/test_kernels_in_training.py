@@ -51,8 +51,8 @@ def use_kernels(monkeypatch):
         monkeypatch.setattr(torch, "compile", graphs_only)
 
 
-def own(tensor):
-    """What this rank, the only one, has of a sharded tensor: all of it."""
+def whole(tensor):
+    """A sharded tensor as this rank, the only one, holds it: all of it."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -92,7 +92,7 @@ def two_steps(monkeypatch, dtype, lengths=LENGTHS, uniform=True, **how):
         values = make_weights()
         with torch.no_grad():
             for name, parameter in llama.named_parameters():
-                own(parameter).copy_(values[name])
+                whole(parameter).copy_(values[name])
         flags = SimpleNamespace(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0)
         optimizer = make_optimizer(llama, flags)
         *row, weights = (x.to(device) for x in make_row(lengths, uniform))
@@ -103,7 +103,7 @@ def two_steps(monkeypatch, dtype, lengths=LENGTHS, uniform=True, **how):
             (nll * weights).sum().backward()
             if step == 0:
                 for name, parameter in llama.named_parameters():
-                    gradients[name] = own(parameter.grad).double().cpu()
+                    gradients[name] = whole(parameter.grad).double().cpu()
             clip_gradients(llama, 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -171,6 +171,31 @@ def test_a_step_in_16_bits(uniform, how, monkeypatch):
     assert (counters["stats"]["unique_graphs"] > 0) == bool(how)
 
 
+def test_rows_of_other_lengths_compile_nothing_new(monkeypatch):
+    """After the second row no row is compiled again, and a block is one graph without a break."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    use_kernels(monkeypatch)
+    _, _, device = start()
+    with torch.device("meta"):
+        llama = Llama(CONFIG)
+    shard(llama, device, SIXTEEN, **EVERYTHING)
+    with torch.no_grad():
+        for parameter in llama.parameters():
+            whole(parameter).normal_(0, 0.05)
+    graphs = []
+    for lengths in ([37, 1, 9], [20, 30], [16], [3] * 9):
+        lengths = torch.tensor(lengths)
+        doc_start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).int()
+        ids = predict = torch.arange(len(doc_start))
+        row = (x.to(device) for x in (ids, doc_start, predict, ids))
+        llama(*row, uniform_gradient=True)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and set(graphs[2:]) == {graphs[1]}
+    assert not counters["graph_break"]
+
+
 def test_recomputation_changes_no_bit(monkeypatch):
     """Of losses and gradients: what is made twice is the same twice."""
     plain = two_steps(monkeypatch, SIXTEEN)
@@ -181,7 +206,7 @@ def test_recomputation_changes_no_bit(monkeypatch):
 
 
 def test_a_row_without_tokens(monkeypatch):
-    """What a rank without work runs, so that all ranks run equally often: gradients of zero."""
+    """A rank without work runs an empty row, so that all run equally often: gradients are zero."""
     torch._dynamo.reset()
     losses, gradients = two_steps(monkeypatch, SIXTEEN, [], **EVERYTHING)
     assert [len(nll) for nll in losses] == [0, 0]

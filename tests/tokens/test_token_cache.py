@@ -15,6 +15,7 @@ import pytest
 
 from conftest import train_tokenizer
 from data import encode_conversation
+from program import workers as workers_module
 from program.errors import InputError
 from program.files import open_locked
 from tokens import readers, token_cache
@@ -131,7 +132,7 @@ class Pool:
 
 def test_no_more_is_read_than_workers_can_soon_take(monkeypatch):
     """At most four batches per worker are read and not yet handed on, however long the file."""
-    monkeypatch.setattr(token_cache, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(workers_module, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     held = []
 

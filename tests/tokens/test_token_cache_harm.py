@@ -14,8 +14,10 @@ import pytest
 
 import data
 from harm import FORKS, cut_short
+from program import files
 from program.errors import InputError, RunError
 from tokens import token_cache
+from tokens.records import encode_conversation
 
 
 @pytest.fixture
@@ -24,8 +26,8 @@ def cached(base, conversations, tmp_path):
     path = Path(shutil.copy(conversations, tmp_path))
 
     def read(fallback=None):
-        documents = data.Documents([path], base, 100, data.encode_conversation, fallback)
-        return np.concatenate([documents[i][0] for i in range(len(documents))])
+        documents = data.Documents([path], base, 100, encode_conversation, fallback)
+        return np.concatenate([ids for ids, _ in documents.sequences(range(len(documents)))])
 
     return path, read
 
@@ -71,7 +73,7 @@ def test_builders_at_once(cached, base):
 
 
 def build(path, base):
-    data.Documents([path], base, 100, data.encode_conversation)
+    data.Documents([path], base, 100, encode_conversation)
 
 
 def test_data_folder_that_cannot_be_written(cached, tmp_path, monkeypatch):
@@ -79,11 +81,11 @@ def test_data_folder_that_cannot_be_written(cached, tmp_path, monkeypatch):
     path, read = cached
 
     def read_only(name, mode="r", *rest, **options):
-        if "w" in mode and Path(name).parent == path.parent:
+        if mode != "r" and Path(name).parent == path.parent:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(name))
         return open(name, mode, *rest, **options)
 
-    monkeypatch.setattr(token_cache, "open", read_only, raising=False)
+    monkeypatch.setattr(files, "open", read_only, raising=False)
     with pytest.raises(InputError, match="Read-only file system, and the token cache needs a pl"):
         read()
     assert list(path.parent.iterdir()) == [path]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import dpo
 from checkpoint.config import read_config
+from checkpoint.reference_file import read_reference, reference_files, write_reference
 from checkpoint.weights import weights_key
 from data import Documents
 from harm import cut_short, flip_byte
@@ -26,13 +27,7 @@ from program.errors import RunError
 from program.ranks import start
 from tokens.records import encode_pair
 from training import reference as reference_module
-from training.reference import (
-    answer_logps,
-    read_reference,
-    reference_files,
-    reference_logps,
-    write_reference,
-)
+from training.reference import answer_logps, reference_logps
 
 
 @pytest.fixture

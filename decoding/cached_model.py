@@ -1,0 +1,125 @@
+"""A model with a KV cache: prompts are put into slots, and logits of their next tokens come out.
+
+Prompts of different lengths run as one packed row, equal prompts run once, and so does what all
+prompts begin with (the examples of a benchmark). Which sequence is in which slot is the caller's
+business: that of generator.py and scoring.py.
+"""
+
+import os
+
+import torch
+
+from decoding.cuda_graphs import STEP, GraphedStep
+from decoding.kv_cache import DecodeStep, Extension, KVCache, prompt_row
+from program.errors import InputError
+
+ROW_TOKENS = 8192  # most tokens of one forward pass, where there is more than one prompt
+WORTH_SHARING = 32  # tokens: a shorter common beginning runs again with each prompt
+
+
+class CachedModel:
+    """context: tokens of a prompt and its answer together · slots: sequences at a time."""
+
+    def __init__(self, model, context, slots):
+        self.model, self.context, self.slots = model, context, slots
+        weight = model.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.cache = None
+        self.graphs = GraphedStep(self.step) if self.device.type == "cuda" else None
+
+    def make_room(self, tokens):
+        """A cache whose slots hold `tokens`, and one slot more for the shared beginning."""
+        if tokens > self.context:
+            raise InputError(
+                f"a prompt and its answer have {tokens} tokens, expected at most {self.context}"
+            )
+        if self.cache is None or self.cache.capacity < tokens:
+            # Rounded up, so that a slightly longer prompt the next time needs no new cache.
+            capacity = -(-tokens // STEP) * STEP
+            self.cache = None  # frees the old one first
+            if self.graphs:
+                self.graphs.forget()
+            self.cache = KVCache(
+                self.model.config, self.slots + 1, capacity, self.device, self.dtype
+            )
+
+    def prefill_shared(self, prompts):
+        """Put what all prompts begin with into the last slot. Its length; 0: not worth it."""
+        # The last token of a prompt is never shared: its logits are wanted.
+        n = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
+        if len(prompts) < 2 or n < WORTH_SHARING:
+            return 0
+        self.hidden(self.tensor(prompts[0][:n]), prompt_row(self.cache, [self.slots], 0, [n]))
+        return n
+
+    def prefill(self, prompts, first=0, shared=0):
+        """Put prompts into the slots from `first` on: logits (B, V) of their next tokens.
+
+        They begin with the `shared` tokens that `prefill_shared` put into the last slot.
+        """
+        prompts = [tuple(prompt) for prompt in prompts]
+        slot_of = {}  # of each distinct prompt: only those run
+        for slot, prompt in enumerate(prompts, first):
+            slot_of.setdefault(prompt, slot)
+        if shared:
+            for slot in slot_of.values():
+                self.cache.copy(self.slots, slot, shared)
+        lengths = [len(prompt) - shared for prompt in slot_of]
+        ids = self.tensor([i for prompt in slot_of for i in prompt[shared:]])
+        row = prompt_row(self.cache, list(slot_of.values()), shared, lengths)
+        ends = self.tensor(lengths).cumsum(0) - 1
+        logits = self.model.head(self.hidden(ids, row)[ends])
+        for slot, prompt in enumerate(prompts, first):
+            if slot != slot_of[prompt]:
+                self.cache.copy(slot_of[prompt], slot, len(prompt))
+        place = {prompt: i for i, prompt in enumerate(slot_of)}
+        return logits[self.tensor([place[prompt] for prompt in prompts])]
+
+    def extend(self, slot, start, ids):
+        """Let a slot's first `start` tokens go on with `ids`: logits (1, V) of the next token."""
+        row = prompt_row(self.cache, [slot], start, [len(ids)])
+        return self.model.head(self.hidden(self.tensor(ids), row)[-1:])
+
+    def nll(self, slots, starts, continuations):
+        """Summed nll of continuations, each but for its first token.
+
+        continuations[i] follows the first starts[i] tokens of slots[i]. Slots may repeat; what they
+        hold beyond the start is lost.
+        """
+        lengths = [len(ids) - 1 for ids in continuations]
+        inputs = self.tensor([i for ids in continuations for i in ids[:-1]])
+        labels = self.tensor([i for ids in continuations for i in ids[1:]])
+        hidden = self.hidden(inputs, Extension(self.cache, slots, starts, lengths))
+        nll = self.model.head(hidden, labels).double()
+        return [part.sum().item() for part in nll.split(lengths)]
+
+    def next_logits(self, tokens, lengths):
+        """Logits (B, V) after one more token of the sequences in the first B slots.
+
+        lengths: of the sequences, the tokens included.
+        """
+        tokens, positions = self.tensor(tokens), self.tensor(lengths) - 1
+        if self.graphs:
+            return self.graphs(tokens, positions, max(lengths), self.cache)
+        return self.step(tokens, positions, max(lengths))
+
+    def step(self, tokens, positions, limit):
+        """Logits (B, V) after `tokens` (B,) at `positions` (B,), which are all below `limit`."""
+        return self.model.head(self.hidden(tokens, DecodeStep(self.cache, positions, limit)))
+
+    def hidden(self, ids, row):
+        """Hidden states (T, E) of a row's tokens (T,), whose keys and values are kept."""
+        return self.model.model(ids, row.positions, row.attends())
+
+    def tensor(self, values):
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def how_many_fit(lengths, slots):
+    """How many prompts of these lengths, in their order, go into `slots` and into one row."""
+    tokens = 0
+    for n, length in enumerate(lengths):
+        tokens += length
+        if n == slots or (n > 0 and tokens > ROW_TOKENS):
+            return n
+    return len(lengths)

@@ -1,0 +1,38 @@
+"""The likelihood of given answers: which option of a multiple-choice question a model prefers.
+
+Called by generator.py, for evaluate.py's benchmarks.
+"""
+
+from decoding.cached_model import how_many_fit
+
+
+def option_logps(model, prompts, options):
+    """log p(option | prompt), summed over the option's tokens, for each option of each prompt.
+
+    model: a `CachedModel`. A prompt runs once, and all its options go on from it.
+    """
+    logps = [[0.0] * len(of_prompt) for of_prompt in options]  # an empty option is certain: 0
+    longest = [max(map(len, of_prompt), default=0) for of_prompt in options]
+    tokens = (len(p) + n for p, n in zip(prompts, longest, strict=True))
+    model.make_room(max(tokens, default=0))
+    shared = model.prefill_shared(prompts)
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first
+    while waiting:
+        n = how_many_fit([len(prompts[i]) for i in waiting[: model.slots]], model.slots)
+        batch, waiting = waiting[:n], waiting[n:]
+        logits = model.prefill([prompts[i] for i in batch], shared=shared)  # (B, V)
+        first_logps = logits.log_softmax(-1)
+        longer = []  # (slot, prompt, option) of options with more than one token
+        for slot, i in enumerate(batch):
+            for k, option in enumerate(options[i]):
+                if option:
+                    logps[i][k] = first_logps[slot, option[0]].item()
+                if len(option) > 1:
+                    longer.append((slot, i, k))
+        for begin in range(0, len(longer), model.slots):
+            part = longer[begin : begin + model.slots]
+            slots, starts = [slot for slot, *_ in part], [len(prompts[i]) for _, i, _ in part]
+            nll = model.nll(slots, starts, [options[i][k] for _, i, k in part])
+            for (_, i, k), rest in zip(part, nll, strict=True):
+                logps[i][k] -= rest
+    return logps
