@@ -174,7 +174,7 @@ def test_without_a_demo_model_it_says_how_to_make_one(tmp_path, monkeypatch):
 
 
 def test_items_are_asked_in_lists_of_one_field(tmp_path):
-    """At most `per_rank` in each, in their order; with `together`, of one value of that field."""
+    """At most `per_rank` in each, in their order; with `group_by`, of one value of that field."""
     start()
     items = [{"id": str(k), "subject": "a" if k < 3 else "b"} for k in range(7)]
     records = Records(
@@ -185,7 +185,7 @@ def test_items_are_asked_in_lists_of_one_field(tmp_path):
     def lists(**options):
         return ["".join(item["id"] for item in own) for own in records.pending(items, **options)]
 
-    assert lists(per_rank=2, together="subject") == ["01", "2", "34", "5"]
+    assert lists(per_rank=2, group_by="subject") == ["01", "2", "34", "5"]
     assert lists(per_rank=2) == ["01", "23", "45"]
     assert lists() == ["012345"]
 
