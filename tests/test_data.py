@@ -22,7 +22,7 @@ from data import (
     update_count,
     update_members,
 )
-from model import Decoder, LlamaConfig
+from model import Llama, LlamaConfig
 from program.errors import InputError
 from tokens import readers
 from tokens.readers import data_files, parse, read_batches
@@ -167,8 +167,7 @@ def test_positions_of_a_packed_row_restart(monkeypatch):
     monkeypatch.setattr("model.rotary_angles", spy)
     config = LlamaConfig(10, 8, 8, 1, 2, 2, 4, 1e-5, 1e4, False)
     row = pack_row(documents_of(([1, 7, 8], [0, 0, 1]), ([1], [0]), ([1, 2], [0, 1])))
-    arrays = (torch.from_numpy(row[name]) for name in ("input_ids", "doc_start"))
-    Decoder(config)(*arrays)
+    Llama(config)(*(torch.from_numpy(row[name]) for name in ("input_ids", "doc_start", "predict")))
     assert seen == [[0, 1, 2, 0, 0, 1]]
 
 
