@@ -142,8 +142,8 @@ def plan_rows(lengths, ranks, row_tokens, hidden_size):
     """Lay records out as `rows[rank][k]`, lists of indices into `lengths` (n,), their tokens.
 
     First whole records are dealt to ranks, costliest first to the rank with the least to do. A
-    token costs 24·E² FLOPs in a block's matrices (7B's F) and 2·E per token before it in attention:
-    n tokens cost in proportion to n + n²/12E. Then each rank packs its share by best-fit
+    token costs 24·E² FLOPs in a block's matrices (7B's F) and 4·E per token before it in attention:
+    n tokens cost in proportion to n + n²/(12·E). Then each rank packs its share by best-fit
     decreasing: the longest record goes to the fullest row that still takes it. Every rank gets as
     many rows, the last ones empty, since FSDP needs every rank in every forward pass.
     """

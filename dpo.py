@@ -15,6 +15,7 @@ from program import threads  # noqa: F401, before torch
 
 # isort: split
 import math
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -96,14 +97,13 @@ def pair_metrics(loss, chosen_rewards, rejected_rewards, policy_chosen, policy_r
 def check_first_loss(step, loss, config):
     """Raise `RunError` unless the first update's loss is ln 2: policy and reference are one model.
 
-    Other neighbours in the packed row round otherwise, and an answer's log-probability sums that up
-    over its tokens: some 1e-2 in fp32, more in bf16. The loss takes beta of it.
-    """
+    Rounding depends on what else is in the row, and sums of log-probabilities accumulate it: some
+    1e-2 in fp32, more in bf16. The loss changes by about beta / 2 times that."""
     tolerance = (1e-2 if config.dtype == "float32" else 0.5) * max(config.beta, 0.1)
     if step == 0 and not abs(loss - math.log(2)) < tolerance:
         raise RunError(
-            f"the first loss is {loss:.4f}, expected ln 2 = {math.log(2):.4f}: the reference's "
-            "log-probabilities are not this model's; delete the .reference-* file beside the data"
+            f"the first loss is {loss:.4f}, expected ln 2 = {math.log(2):.4f}: the reference is "
+            "another model's; delete its file, .reference-* beside the data or in --out"
         )
 
 
@@ -132,8 +132,8 @@ def main(flags):
         started = time.perf_counter()
         epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
         lengths, trained = documents.lengths[pairs], documents.trained_counts[pairs].sum()
-        hidden_size = model.config.hidden_size
-        rows = plan_rows(lengths.sum(1), world, config.micro_tokens, hidden_size)[rank]
+        hidden_size, tokens = model.config.hidden_size, lengths.sum(1)  # tokens of each pair
+        rows = plan_rows(tokens, world, config.micro_tokens, hidden_size)[rank]
 
         # Forward, loss, backward: row by row. The loss is the mean over the update's pairs, all
         # rows and ranks; FSDP divides by the ranks.
@@ -182,7 +182,7 @@ def main(flags):
     if stop:
         if rank == 0:
             print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
-        sys.exit(128 + (signals or [15])[0])
+        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # else another rank got it
 
     save_hf(model, run.tokenizer, config.model, run.out)
     if rank == 0:

@@ -48,7 +48,7 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     tie_word_embeddings: bool
-    max_position_embeddings: int = 2048  # the context in tokens; not used in this file
+    max_position_embeddings: int = 2048  # the context in tokens, used by decoding/
 
 
 class Llama(nn.Module):

@@ -203,9 +203,8 @@ def segments(results, members, width):
 
 def facts(results, subject, note):
     """What was measured, on what, by which commit, and when."""
-    where = "counted"
-    if "dtype" in results:
-        where = f"{results['device']}, {results['dtype'].removeprefix('torch.')}"
+    timed = "dtype" in results  # else it was counted, and the device does not matter
+    where = f"{results['device']}, {results['dtype'].removeprefix('torch.')}" if timed else ""
     commit = (results["commit"] or "unknown")[:7]
     parts = subject, where, f"commit {commit}", results["date"][:10], note
     return " · ".join(part for part in parts if part)

@@ -13,6 +13,7 @@ Source: Ivison et al. 2023 (arXiv 2311.10702), appendix B; EasyLM llama_train.py
 from program import threads  # noqa: F401, before torch
 
 # isort: split
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -69,6 +70,7 @@ def main(flags):
     _, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
 
+    # Sharded before it has memory, so that no rank ever holds the whole model.
     shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
     optimizer = update.make_optimizer(model, config)
     first = resume_run(run.out, model, optimizer)
@@ -93,7 +95,7 @@ def main(flags):
         for row in rows:
             arrays = pack_row(documents.sequences(members[row]))
             batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-            nll = model(**batch, uniform_gradient=True)  # (N,)
+            nll = model(**batch, uniform_gradient=True)  # (N,), all weighted alike in the loss
             (nll.sum() * (world / trained)).backward()
             nll_sum += nll.detach().sum()
 
@@ -128,7 +130,7 @@ def main(flags):
     if stop:
         if rank == 0:
             print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
-        sys.exit(128 + (signals or [15])[0])
+        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # else another rank got it
 
     save_hf(model, run.tokenizer, config.model, run.out)
     if rank == 0:

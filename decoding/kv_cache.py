@@ -1,5 +1,6 @@
-"""Keys and values of the tokens that a model has processed, so that the next token costs one
-token's work. The rows that go through the model with a cache are of three kinds:
+"""Keys and values of the tokens processed so far: the next token costs one token's work.
+
+The rows that go through the model with a cache are of three kinds:
 
     Prefill      the prompts of several sequences, packed without padding
     DecodeStep   one more token of each sequence: what decoding repeats

@@ -232,5 +232,3 @@ def make_model(folder):
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=CONFIG["initializer_range"], generator=generator)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-
-

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 # Bytes of logits in a chunk of rows. On CPU, V = 32,000 and E = 256 in fp32 (2 cores), 64 MiB (512
-# rows) ran at 116 GFLOP/s, 8 MiB at 81 (matrix products too flat), all 3,000 rows at 99.
+# rows) ran at 116 GFLOP/s, 8 MiB at 81 (matrix products too thin), all 3,000 rows at 99.
 CPU_WORKSPACE = 64 << 20
 # On CUDA 2,048 rows of V = 32,000. Every chunk reads and writes the fp32 sum of dW once (1 GB at
 # E = 4,096): smaller chunks, more traffic. The logits are freed before that sum (500 MiB) becomes
@@ -85,6 +85,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         # which the training loop stops. (The sum of one element, or of none where N = 0.)
         uniform = (d_nll == d_nll[:1]).all()
         scale = torch.where(uniform, d_nll[:1].sum(), torch.nan)
+        # In place: a second backward pass through the same loss is not possible.
         d_hidden, d_weight = (x.mul_(scale.to(x.dtype)) for x in ctx.saved_tensors)
         return d_hidden, d_weight, None, None, None
 
@@ -109,7 +110,7 @@ def cross_entropy_cpu(hidden, weight, labels, d_nll=None):
         total = others + (z_label - largest).exp()
         nll[here] = (largest - z_label + total.log())[:, 0]  # (1)
         if d_nll is not None:
-            z.scatter_(1, label, -others)  # (2) but for g / total, applied where rows are shorter
+            z.scatter_(1, label, -others)  # (2) without g / total, which rows of E, not V, get
             scale = d_nll[here, None].to(exact) / total
             d_hidden[here] = (z @ w) * scale  # (3)
             d_weight.addmm_(z.T, h[here] * scale)  # (3)

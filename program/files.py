@@ -1,6 +1,7 @@
 """Files that last: written whole or not at all, locked against other runs, known by a digest.
 
-Whatever is killed in the middle of a write leaves the old state or the new one, never a half.
+A write that is killed leaves the old state or the new one, never a half. (While one folder takes
+the place of another there is a moment without either.)
 """
 
 import contextlib

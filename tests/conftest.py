@@ -23,11 +23,35 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# `pytest -m core`, a minute: the inner circle is right. Whole files, and single tests of others.
+CORE = (
+    "tests/test_structure.py",
+    "tests/test_model.py",  # logits equal transformers', packed as alone
+    "tests/test_data.py",  # updates and packed rows
+    "tests/kernels/test_attention.py",
+    "tests/kernels/test_cross_entropy.py",
+    "tests/tokens/test_tokenizer.py::test_ids_equal_transformers_with_a_tiny_tokenizer",
+    "tests/tokens/test_tokenizer.py::test_content_and_eos_of_every_answer_are_trained",
+    "tests/tokens/test_tokenizer.py::test_one_conversation_token_by_token",
+    "tests/training/test_update.py",
+    "tests/training/test_reference.py::test_packed_answers_have_transformers_log_probabilities",
+    "tests/test_sft.py::test_three_updates_on_two_ranks_equal_a_plain_transformers_loop",
+    "tests/test_dpo.py::test_loss_of_five_numbers",
+    "tests/test_dpo.py::test_loss_starts_at_ln_2_and_survives_large_margins",
+    "tests/test_dpo.py::test_gradient_has_the_closed_form",
+    "tests/test_dpo.py::test_only_the_last_answer_is_trained",
+    "tests/test_dpo.py::test_three_updates_on_two_ranks_equal_a_plain_transformers_loop",
+    "tests/checkpoint/test_crash.py::test_stopped_by_signals",  # and resumed, bit for bit
+)
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none, and say so; else the kernels run there."""
+    """Mark the core. Skip what needs a GPU where there is none; else the kernels run there."""
     gpu = torch.cuda.is_available()
     for item in items:
+        if item.nodeid.split("[")[0].startswith(CORE):
+            item.add_marker("core")
         if gpu and item.get_closest_marker("kernel"):
             item.add_marker("gpu")
         if not gpu and item.get_closest_marker("gpu"):

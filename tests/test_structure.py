@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import CORE
+
 ROOT = Path(__file__).parent.parent
 
 # From the ground up; a room imports from floors below its own, and files of a room from each other.
@@ -20,8 +22,9 @@ FLOORS = [
     {"bench"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-FILES = [path.relative_to(ROOT) for room in FLOOR for path in sorted((ROOT / room).glob("*.py"))]
-FILES += [Path(f"{room}.py") for room in FLOOR if (ROOT / f"{room}.py").exists()]
+FILES = [path for room in sorted(FLOOR) for path in sorted((ROOT / room).glob("*.py"))]
+FILES = [path.relative_to(ROOT) for path in FILES]
+FILES += [Path(f"{room}.py") for room in sorted(FLOOR) if (ROOT / f"{room}.py").exists()]
 
 
 def room_of(module):
@@ -78,3 +81,10 @@ def test_the_inner_circle_does_not_know_the_rest():
     assert {room_of(module) for module in imports("data.py")} == {"program", "tokens"}
     for path in (p for p in FILES if p.name != "bench.py" and p.parts[0] != "benchmarks"):
         assert not {"sft", "dpo"} & {room_of(module) for module in imports(path)}, path
+
+
+@pytest.mark.parametrize("entry", CORE)
+def test_what_is_called_core_exists(entry):
+    """A test that is renamed or moved does not leave the core in silence."""
+    path, _, name = entry.partition("::")
+    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8") or not name

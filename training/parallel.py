@@ -38,5 +38,3 @@ def shard(model, device, dtype, recompute=False, compile=False):
         # pass, because the backward pass begins with the head.
         fully_shard(model, mp_policy=policy, reshard_after_forward=False)
     model.to_empty(device=device)
-
-

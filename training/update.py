@@ -17,7 +17,7 @@ def warmup_updates(total, ratio):
 
 
 def learning_rate(step, total, peak, warmup_ratio):
-    """Rate of update `step` (from 0) of `total`: linear from 0 to the peak, then linear to 0."""
+    """Rate of update `step` (from 0): linear from 0 to the peak, then to 0 after the last."""
     warmup = warmup_updates(total, warmup_ratio)
     if step < warmup:
         return peak * step / warmup
@@ -25,7 +25,7 @@ def learning_rate(step, total, peak, warmup_ratio):
 
 
 def make_optimizer(model, config):
-    """AdamW over all parameters; its moments are fp32, as they are (EasyLM optimizers.py)."""
+    """AdamW over all parameters; the moments are fp32, as the parameters (EasyLM optimizers.py)."""
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.lr,
