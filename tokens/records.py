@@ -195,7 +195,8 @@ def plain_messages(messages, name, keys=("role", "content"), roles=OPENAI):
 
 def one_or_more(value, role, name):
     """The messages of a field that holds a list of them, or the text of one."""
-    return plain_messages([{"role": role, "content": value}] if isinstance(value, str) else value, name)
+    value = [{"role": role, "content": value}] if isinstance(value, str) else value
+    return plain_messages(value, name)
 
 
 def is_trained(message, where):
