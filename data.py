@@ -21,8 +21,8 @@ import numpy as np
 from program.errors import InputError, reported
 from program.flags import check_bounds, parse_args
 from tokens import readers
-from tokens.records import encode_conversation
-from tokens.report import highlight, print_lengths
+from tokens.records import FIELDS, encode_conversation, encode_pair, is_pair, remark
+from tokens.report import print_lengths, print_sequences
 from tokens.token_cache import loaded_tokenizer, token_cache
 
 
@@ -84,8 +84,13 @@ class Documents:
         return [sequence for i in records for sequence in self[i]]
 
     def summary(self):
-        """One line for the user."""
-        return (
+        """One line for the user, and one before it for each shape of record that is made fit."""
+        remarks = {}  # text → the first record of a file that it is true of
+        for path in self.paths:
+            number, record = next(readers.records(path, FIELDS))
+            remarks.setdefault(remark(record, self.kind == "pairs"), f"{path}:{number}")
+        lines = [f"{place}: {text}\n" for text, place in remarks.items() if text]
+        return "".join(lines) + (
             f"{len(self):,} {self.kind}, {self.lengths.sum():,} tokens, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
             f"{self.skipped:,} without a trained token skipped"
@@ -96,7 +101,7 @@ class Documents:
         wanted = {(self.file[i, 0], self.numbers[i, 0]) for i in records}
         for file in sorted({file for file, _ in wanted}):
             path = self.paths[file]
-            for number, record in readers.records(path):
+            for number, record in readers.records(path, ("id", "prompt_id")):
                 if (file, number) in wanted:
                     yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
 
@@ -207,12 +212,13 @@ class DataConfig:
     """The flags of `python data.py`; the defaults are sft.py's."""
 
     model: str | None = None  # Hugging Face folder whose tokenizer encodes the data
-    data: list[str] | None = None  # conversations: .jsonl, .jsonl.gz, .json, .parquet or folders
+    data: list[str] | None = None  # conversations or preference pairs, as for sft.py and dpo.py
+    pairs: bool | None = None  # show pairs (default: if the first record has chosen and rejected)
     max_seq_len: int = 8192  # tokens; a longer conversation is cut on the right
-    batch_size: int = 128  # conversations in one update
+    batch_size: int = 128  # conversations (pairs) in one update
     micro_tokens: int = 16384  # most tokens in one packed row
     seed: int = 42  # of the order of the data
-    show: int = 3  # conversations to print, trained tokens told from the rest
+    show: int = 3  # conversations (pairs) to print, trained tokens told from the rest
 
 
 def main(flags):
@@ -220,25 +226,29 @@ def main(flags):
     if not config.model or not config.data:
         raise InputError("--model DIR and --data FILE are needed")
     check_bounds(config)
+    pairs = config.pairs
+    if pairs is None:
+        first = next(readers.records(readers.data_files(config.data)[0], FIELDS), (0, {}))
+        pairs = is_pair(first[1])
+    encode_record, per_record = (encode_pair, 2) if pairs else (encode_conversation, 1)
     # Where the data's folder cannot be written, the cache lives as long as this command.
     with tempfile.TemporaryDirectory() as temporary:
         documents = Documents(
-            config.data, config.model, config.max_seq_len, encode_conversation, temporary
+            config.data, config.model, config.max_seq_len, encode_record, temporary, per_record
         )
         check_micro_tokens(documents, config.micro_tokens)
         print(documents.summary())
-        turns = documents.turns
-        print(f"{turns.sum():,} assistant turns, {turns.mean():.2f} a conversation")
-        print_lengths(documents.lengths[:, 0])
-        print_rows(documents.lengths[:, 0], config)
+        turns, lengths = documents.turns, documents.lengths.sum(1)
+        if not pairs:
+            print(f"{turns.sum():,} assistant turns, {turns.mean():.2f} a conversation")
+        print_lengths(lengths, documents.kind[:-1])
+        print_rows(lengths, config, documents.kind)
         tokenizer = loaded_tokenizer(str(config.model))
         for i in range(min(config.show, len(documents))):
-            ((ids, trained),) = documents[i]
-            print(f"\n{next(documents.names([i]))}, {len(ids)} tokens:")
-            print(highlight(tokenizer, ids, trained))
+            print_sequences(tokenizer, next(documents.names([i])), documents[i])
 
 
-def print_rows(lengths, config):
+def print_rows(lengths, config, kind):
     """How full rows of all the data are, those of 20 updates, and how full padded batches."""
     longest_first = (-lengths).argsort(kind="stable")
     overall = len(best_fit_decreasing(lengths, longest_first, config.micro_tokens))
@@ -252,7 +262,7 @@ def print_rows(lengths, config):
     row = config.micro_tokens
     print(
         f"packed into rows of {row:,} tokens: {lengths.sum() / overall / row:.2%} full over all "
-        f"the data; an update of {min(config.batch_size, len(lengths))} conversations takes "
+        f"the data; an update of {min(config.batch_size, len(lengths))} {kind} takes "
         f"{rows / updates:.1f} rows on one rank, {tokens / rows / row:.1%} full"
     )
     order = epoch_order(len(lengths), config.seed, 0)

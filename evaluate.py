@@ -33,7 +33,7 @@ from checkpoint.run_folder import append_record
 from checkpoint.weights import weight_files
 from decoding.generator import TextGenerator
 from demo.compare import newest_model
-from evals.harness import Options, Records
+from evals.harness import Options, Records, digest_of
 from program.errors import InputError, reported
 from program.files import digest, hold, whole_lines, written_aside
 from program.flags import check_bounds, parse_args
@@ -81,10 +81,13 @@ def main(flags):
     config = with_defaults(EvalConfig(**flags), device)
     options = Options(config.full, config.chat, config.mmlu_shots, config.seed)
     modules = {task: importlib.import_module(f"evals.{task}") for task in config.tasks}
+    hashes = {}
     for task, module in modules.items():  # bad data shows now, before the model is loaded
         folder = Path(config.data) / task
-        if not module.load(folder, options):
+        items = module.load(folder, options)
+        if not items:
             raise InputError(f"{folder}: found no questions, expected one or more")
+        hashes[task] = digest_of(items)
     run = run_facts(config)
     out, lines = Path(config.out), Path(config.out).with_suffix(".jsonl")
     if rank == 0:
@@ -99,7 +102,7 @@ def main(flags):
     )
     dist.barrier()  # all ranks have read `lines` before rank 0 adds to it
     if rank == 0:
-        append_record(lines, {"event": "start", "run": run})
+        append_record(lines, {"event": "start", "run": run, "items_sha256": hashes})
     results = {
         "model": str(config.model),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -110,7 +113,8 @@ def main(flags):
     for task, module in modules.items():
         records.task, began = task, time.perf_counter()
         result = module.evaluate(generator, records, Path(config.data) / task, options)
-        results["tasks"][task] = {**result, "seconds": round(time.perf_counter() - began, 1)}
+        result |= {"items_sha256": hashes[task], "seconds": round(time.perf_counter() - began, 1)}
+        results["tasks"][task] = result
         if rank == 0:
             with written_aside(out) as file:
                 file.write(json.dumps(results, indent=1) + "\n")

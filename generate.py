@@ -38,7 +38,7 @@ from program.files import hold, whole_lines
 from program.flags import check_bounds, parse_args
 from program.ranks import gather_lists, start
 from tokens import readers
-from tokens.records import check_messages
+from tokens.records import plain_messages, text_of
 from tokens.tokenizer import Tokenizer
 
 HELP = """/system TEXT   how the assistant should behave from now on (without TEXT: nothing set)
@@ -147,22 +147,24 @@ def check_prompt(record, chat):
     if ("prompt" in record) == ("messages" in record):
         raise ValueError('expected either "prompt" or "messages"')
     if "prompt" in record:
-        check_messages([{"role": "user", "content": record["prompt"]}], "prompt")
+        text_of(record["prompt"], "prompt")
     elif not chat:
         raise ValueError('found "messages", expected "prompt" with --no-chat')
     else:
-        check_messages(record["messages"], "messages")
+        plain_messages(record["messages"], "messages")
         if record["messages"][-1]["role"] == "assistant":
             raise ValueError("found an assistant's message at the end, expected a user's message")
 
 
 def prompt_ids(tokenizer, record, config):
     """Token ids of a record's prompt."""
+    if "messages" in record:
+        return tokenizer.prompt(plain_messages(record["messages"], "messages"))
+    text = text_of(record["prompt"], "prompt")
     if not config.chat:
-        return tokenizer.raw(record["prompt"])
+        return tokenizer.raw(text)
     system = [{"role": "system", "content": config.system}] if config.system else []
-    user = {"role": "user", "content": record.get("prompt")}
-    return tokenizer.prompt(record.get("messages") or [*system, user])
+    return tokenizer.prompt([*system, {"role": "user", "content": text}])
 
 
 def encode_prompts(records, model, config):

@@ -26,41 +26,41 @@ def read_config(folder):
 
 
 def config_from_dict(values, path="config.json"):
-    """Check the fields of a config.json; `path` is named in errors."""
+    """Check the fields of a config.json; `path` is named in errors.
+
+    What transformers 5 refuses is refused, too, since the saved model carries these fields.
+    """
+    values = {name: v for name, v in values.items() if v is not None or name not in MAY_BE_NULL}
     refuse_what_is_not_implemented(values, path)
 
-    def number(name, kind=int, default=None):
-        value = values.get(name)
-        value = default if value is None else value
-        allowed = int if kind is int else (int, float)
-        if not isinstance(value, allowed) or value is True or not 0 < value < math.inf:
+    def number(name, kind=int, default=None, most=1 << 20):
+        value = values.get(name, default)
+        if type(value) is not kind or not 0 < value < math.inf:
             expected = "positive integer" if kind is int else "positive number"
-            raise InputError(f"{path}: {name} is {value!r}, expected a {expected}")
-        return kind(value)
+            raise InputError(f"{path}: {name} is {value!r:.60}, expected a {expected}")
+        if kind is int and value > most:
+            raise InputError(f"{path}: {name} is {str(value):.40}, expected at most {most:,}")
+        return value
 
     heads = number("num_attention_heads")
     hidden_size = number("hidden_size")
-    # transformers 5 keeps the base of the rotary angles in rope_parameters, older ones beside
-    # the other fields; Llama 2 checkpoints have neither and mean 10,000 (Code Llama: 1e6).
-    rope = values.get("rope_parameters") or {}
-    values = values | {"rope_theta": rope.get("rope_theta", values.get("rope_theta"))}
-    config = LlamaConfig(
-        vocab_size=number("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=number("intermediate_size"),
-        num_hidden_layers=number("num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=number("num_key_value_heads", default=heads),
-        head_dim=number("head_dim", default=hidden_size // heads),
-        rms_norm_eps=number("rms_norm_eps", float, 1e-6),
-        rope_theta=number("rope_theta", float, 10_000.0),
-        tie_word_embeddings=bool(values.get("tie_word_embeddings")),
-        max_position_embeddings=number("max_position_embeddings", default=2048),
-    )
     if hidden_size % heads:
         raise InputError(
             f"{path}: hidden_size {hidden_size} is no multiple of num_attention_heads {heads}"
         )
+    config = LlamaConfig(
+        vocab_size=number("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=number("intermediate_size"),
+        num_hidden_layers=number("num_hidden_layers", most=1 << 10),
+        num_attention_heads=heads,
+        num_key_value_heads=number("num_key_value_heads", default=heads),
+        head_dim=number("head_dim", default=hidden_size // heads),
+        rms_norm_eps=number("rms_norm_eps", float, 1e-6),
+        rope_theta=rope_theta(values, path),
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+        max_position_embeddings=number("max_position_embeddings", default=2048, most=1 << 40),
+    )
     if heads % config.num_key_value_heads:
         raise InputError(
             f"{path}: num_attention_heads {heads} is no multiple of "
@@ -71,27 +71,71 @@ def config_from_dict(values, path="config.json"):
     return config
 
 
+def rope_theta(values, path):
+    """The base of the rotary angles, read from where transformers 5 reads it.
+
+    That is rope_scaling (which older versions wrote), else rope_parameters; and where neither has
+    it, the top level. Llama 2 checkpoints have none and mean 10,000 (Code Llama: 1e6).
+    """
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    for field in {name, "rope_parameters"}:
+        if not isinstance(values.get(field, {}), dict):
+            found = values[field]
+            raise InputError(f"{path}: {field} is {found!r:.60}, expected an object or null")
+    rope = values.get(name, {})
+    for field in sorted(rope, key=lambda field: field not in ("rope_type", "type")):
+        implemented = {"rope_type": ["default"], "type": ["default"],
+                       "partial_rotary_factor": [1, None]}.get(field, [None])  # fmt: skip
+        if field != "rope_theta" and rope[field] not in implemented:
+            raise InputError(
+                f"{path}: {name}.{field} is {rope[field]!r:.60}, only {implemented[0]!r} is "
+                "implemented"
+            )
+    theta = rope.get("rope_theta", values.get("rope_theta", 10_000.0))
+    if type(theta) not in (int, float) or not 0 < theta < 1 << 63:  # an int64 in torch
+        raise InputError(f"{path}: rope_theta is {theta!r:.60}, expected a positive number")
+    return float(theta)
+
+
+# Where transformers 5 takes null for the field's default.
+MAY_BE_NULL = {
+    "num_key_value_heads",
+    "head_dim",
+    "attention_dropout",
+    "quantization_config",
+    "partial_rotary_factor",
+    "rope_scaling",
+    "rope_parameters",
+    "pretraining_tp",
+}
+
+
 def refuse_what_is_not_implemented(values, path):
     """Raise `InputError` for a config with which this model would silently get wrong results."""
-    rope = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    for name, found in (("rope_parameters", rope), ("rope_scaling", scaling)):
-        if not isinstance(found, dict):
-            raise InputError(f"{path}: {name} is {found!r}, expected an object or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling_kind = scaling.get("rope_type", scaling.get("type", "default" if not scaling else "?"))
-    for name, found, implemented in (
-        ("model_type", values.get("model_type"), ("llama",)),
-        ("hidden_act", values.get("hidden_act", "silu"), ("silu",)),
-        ("attention_bias", values.get("attention_bias", False), (False, None)),
-        ("mlp_bias", values.get("mlp_bias", False), (False, None)),
-        ("tie_word_embeddings", values.get("tie_word_embeddings"), (False, True, None)),
-        ("attention_dropout", values.get("attention_dropout", 0.0), (0, None)),
-        ("rope_parameters.rope_type", kind, ("default",)),
-        ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1), (1,)),
-        ("rope_scaling", scaling_kind, ("default",)),
-        ("quantization_config", values.get("quantization_config"), (None,)),
+    for name, default, implemented in (
+        ("model_type", None, ("llama",)),
+        ("hidden_act", "silu", ("silu",)),
+        ("attention_bias", False, (False,)),
+        ("mlp_bias", False, (False,)),
+        ("tie_word_embeddings", False, (False, True)),
+        ("attention_dropout", 0.0, (0, 0.0)),
+        ("partial_rotary_factor", 1.0, (1, 1.0)),
+        ("quantization_config", None, (None,)),
     ):
-        if found not in implemented:
+        found = values.get(name, default)
+        # By type, too: 0 and false are equal, but transformers refuses the one for the other.
+        if (type(found), found) not in [(type(value), value) for value in implemented]:
             known = " or ".join(repr(value) for value in implemented if value is not None)
-            raise InputError(f"{path}: {name} is {found!r}, only {known or None} is implemented")
+            raise InputError(
+                f"{path}: {name} is {found!r:.60}, only {known or None} is implemented"
+            )
+    # Of no use to us, but carried over into the saved config, which transformers 5 checks.
+    for name, kinds, expected in (
+        ("use_cache", (bool,), "false or true"),
+        ("initializer_range", (float,), "a number from 0 to 1"),
+        ("pretraining_tp", (int,), "an integer"),
+    ):
+        found = values.get(name)
+        wrong = name in values and type(found) not in kinds
+        if wrong or (name == "initializer_range" and found is not None and not 0 <= found <= 1):
+            raise InputError(f"{path}: {name} is {found!r:.60}, expected {expected}")

@@ -48,20 +48,38 @@ def find_tensors(model, folder):
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error})") from None
     problems += [f"{name} is missing" for name in expected if name not in files]
-    # Old checkpoints hold the rotary frequencies, and those with tied embeddings may hold the head.
+    # Old checkpoints hold the rotary frequencies, and those with tied embeddings the head again.
     unused = ("rotary_emb.inv_freq",)
-    unused += () if "lm_head.weight" in expected else ("lm_head.weight",)
+    tied_head = "lm_head.weight" in files and "lm_head.weight" not in expected
     problems += [
         f"{name} is unexpected"
         for name in files
-        if name not in expected and not name.endswith(unused)
+        if not (name in expected or name.endswith(unused) or name == "lm_head.weight" and tied_head)
     ]
     if problems:
         more = f" … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise InputError(
             f"{folder}: tensors do not fit its config.json: {'; '.join(problems[:20])}{more}"
         )
+    if tied_head and not same_tensors(files, "lm_head.weight", "model.embed_tokens.weight"):
+        raise InputError(
+            f"{files['lm_head.weight']}: lm_head.weight differs from the embedding, but config.json"
+            " says tie_word_embeddings true, expected false (so transformers 5 reads it) or no "
+            "lm_head.weight"
+        )
     return {name: files[name] for name in expected}
+
+
+def same_tensors(files, *names):
+    """Whether two tensors hold the same values; a few rows of each are in memory."""
+    with safe_open(files[names[0]], "pt") as one, safe_open(files[names[1]], "pt") as other:
+        first, second = one.get_slice(names[0]), other.get_slice(names[1])
+        if first.get_shape() != second.get_shape() or first.get_dtype() not in FLOATS:
+            return False
+        return all(
+            torch.equal(first[k : k + 4096].float(), second[k : k + 4096].float())
+            for k in range(0, first.get_shape()[0], 4096)
+        )
 
 
 def weight_files(folder):
@@ -76,10 +94,10 @@ def weight_files(folder):
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         paths = [folder / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{index}: not an index of safetensors ({error!r})") from None
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # false, too, for names that no file can have
             raise InputError(f"{path}: no such file, but {index.name} names it")
     return paths
 

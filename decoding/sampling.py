@@ -15,7 +15,7 @@ class Sampling:
     """How the next token is chosen, and when to end."""
 
     max_new_tokens: int = 1024
-    temperature: float = 0.0  # 0: always the likeliest token
+    temperature: float = 0.0  # 0, or less than 1e-6: always the likeliest token
     top_p: float = 1.0  # choose among the fewest likeliest tokens with this much probability
     stop: tuple[str, ...] = ()  # an answer ends before the first of these strings
     seed: int = 42
@@ -31,7 +31,8 @@ def choose(logits, sequences, sampling):
     best = logits.argmax(-1, keepdim=True)  # if there is a NaN, its place
     if not logits.gather(1, best).isfinite().all():
         raise RunError("the model's logits are not finite: its weights are damaged")
-    if sampling.temperature == 0:
+    # fp32 logits that differ at all differ by more than 1e-6, and a quotient must not overflow.
+    if sampling.temperature < 1e-6:
         return best[:, 0]
     u = [[sequence.random.random()] for sequence in sequences]
     u = torch.tensor(u, dtype=torch.float64, device=logits.device)

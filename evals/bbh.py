@@ -8,7 +8,9 @@ format, too, and its scores are not comparable.) What follows the first "the ans
 full stop, counts; without that phrase, the whole answer. Case and punctuation do not matter. The
 score is the mean over tasks. Source: open-instruct eval/bbh/run_eval.py of 2023-11-28.
 
-Where ours differs: the original's sample depends on the order in which the file system lists the
+Where ours differs: the original counts an answer without the full stop ("So the answer is (B)" at
+the end) as wrong, since it finds no phrase in it; with us the rest of its line counts, as the
+content is right. The original's sample depends on the order in which the file system lists the
 tasks; ours is drawn from each task alone. Punctuation matters where it is the answer: without it
 every row of brackets (dyck_languages) equals every other one of its length, and -7 equals 7
 (multistep_arithmetic_two).
@@ -97,6 +99,7 @@ def prompt(tokenizer, item, options, max_tokens):
 def score(item, text):
     """The answer that a text gives, and whether it is right."""
     match = re.search(r"[Tt]he answer is (.*?)\.", text)
+    match = match or re.search(r"[Tt]he answer is\s+(.+)", text)
     answer = (match.group(1) if match else text).strip()
     return {"answer": answer, "correct": plain(answer) == plain(item["target"])}
 

@@ -8,13 +8,21 @@ demo/tasks.py makes the prompts and checks the answers.
 from decoding.sampling import Sampling
 from demo.tasks import LONGEST_ANSWER, prefers, solves
 from evals.harness import answer_all, finishes, mean_and_error, published, read_jsonl, result
+from program.errors import InputError
+from tokens.records import plain_messages
 
 SAMPLING = Sampling(max_new_tokens=LONGEST_ANSWER)
 
 
 def load(folder, options):
     """The prompts of held_out.jsonl."""
-    rows = read_jsonl(published(folder, "held_out.jsonl"), ("kind", "messages", "answer"))
+    path = published(folder, "held_out.jsonl")
+    rows = read_jsonl(path, {"kind": str, "messages": list, "answer": str})
+    for number, row in enumerate(rows, 1):
+        try:
+            row["messages"] = plain_messages(row["messages"], "messages")
+        except ValueError as error:
+            raise InputError(f"{path}: record {number}: {error}") from None
     return [{"id": f"held_out_{number}", **row} for number, row in enumerate(rows)]
 
 

@@ -13,10 +13,13 @@ something else (log-probabilities of choices, a second turn) have a loop of thei
 """
 
 import csv
+import dataclasses
+import hashlib
 import itertools
 import json
 import random
 import statistics
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,26 +47,36 @@ class Records:
     """The JSON lines of an evaluation: a record for each item of each task, with its verdict.
 
     An interrupted evaluation reads its records back and continues with the items that have none.
-    Every rank holds all records; rank 0 writes them.
+    A record belongs to an item only with the item's key and prompt: a changed question is asked
+    again. Every rank holds all records; rank 0 writes them.
     """
 
     def __init__(self, path, earlier=()):
         """earlier: the records that `path` holds already."""
-        self.path, self.task, self.known = path, None, {}
+        self.path, self.task, self.known, self.keys = path, None, {}, {}
         for record in earlier:
             self.known[record["task"], record["id"]] = record
 
-    def pending(self, items, per_rank=64, group_by=None):
+    def pending(self, items, per_rank=64, group_by=None, prompt=None, settings=None):
         """Yield this rank's items that have no record, in batches of at most `per_rank`.
 
         The records of a batch must be `add`ed before the next batch. A progress bar is shown.
 
         items: dicts, each with an "id" that is unique in the task. group_by: a field; the items of
         a batch are neighbours that share its value, so their prompts begin alike, and the decoder
-        computes that beginning once.
+        computes that beginning once. prompt(item): its prompt as text, by default not compared.
+        settings: what else decides the answers of this task, as JSON takes it.
         """
         rank, world = dist.get_rank(), dist.get_world_size()
-        left = [item for item in items if (self.task, item["id"]) not in self.known]
+        self.keys = {item["id"]: digest_of([item, settings]) for item in items}
+        left = [item for item in items if not self.is_answered(item, prompt)]
+        changed = sum((self.task, item["id"]) in self.known for item in left)
+        if changed and rank == 0:
+            print(
+                f"{self.task}: {changed:,} of {len(items):,} items have changed since they were "
+                "answered, and are asked again",
+                file=sys.stderr,
+            )
         self.done = len(items) - len(left)
         self.bar = tqdm(total=len(items), initial=self.done, desc=self.task,
                         unit="item", disable=rank > 0, dynamic_ncols=True)  # fmt: skip
@@ -73,6 +86,13 @@ class Records:
                 yield group[begin : begin + per_rank * world][rank::world]
         self.bar.close()
 
+    def is_answered(self, item, prompt):
+        """Whether an item has a record that its question, prompt and settings of today made."""
+        record = self.known.get((self.task, item["id"]), {})
+        if record.get("key") != self.keys[item["id"]]:
+            return False
+        return prompt is None or record["prompt"] == prompt(item)
+
     def advance(self):
         """Move the bar after an answer of this rank, on the guess that each rank has one more."""
         self.bar.update(min(dist.get_world_size(), self.bar.total - self.bar.n))
@@ -81,6 +101,7 @@ class Records:
         """Keep the records of this rank's batch, dicts with the item's "id". All ranks call it."""
         new = [{"task": self.task, **record} for record in gather_lists(batch)]
         for record in new:
+            record["key"] = self.keys[record["id"]]
             self.known[self.task, record["id"]] = record
         if dist.get_rank() == 0:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -104,7 +125,12 @@ def answer_all(
 
     A sampled answer depends on its item and `sampling.seed`, not on the other items.
     """
-    for batch in records.pending(items, per_rank, group_by):
+
+    def prompt_text(item):
+        return generator.tokenizer.visible(prompt(item)[0])
+
+    settings = dataclasses.asdict(sampling)
+    for batch in records.pending(items, per_rank, group_by, prompt_text, settings):
         prompts = [prompt(item) for item in batch]
         seeds = [seed_of(item) for item in batch]
         answers = generator.generate([ids for ids, _ in prompts], sampling, seeds, records.advance)
@@ -170,10 +196,16 @@ def seed_of(item):
     return zlib.crc32(str(item["id"]).encode())
 
 
+def digest_of(value):
+    """SHA-256 of a value, as JSON."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def published(folder, name):
     """The path of a benchmark's file or folder. Raises `InputError` if it does not exist."""
     path = folder / name
-    if not path.exists():
+    if not (path.is_file() or path.is_dir()):  # a pipe would be waited for without end
         raise InputError(f"{path}: no such file, expected the benchmark's as published")
     return path
 

@@ -114,7 +114,11 @@ def evaluate(generator, records, folder, options):
     items, tokenizer = load(folder, options), generator.tokenizer
     letters = answer_tokens(tokenizer)
     max_tokens = generator.context - max(map(len, letters))
-    for batch in records.pending(items, per_rank=256, group_by="subject"):
+
+    def prompt_text(item):
+        return tokenizer.visible(prompt(tokenizer, item, options, max_tokens)[0])
+
+    for batch in records.pending(items, per_rank=256, group_by="subject", prompt=prompt_text):
         prompts = [prompt(tokenizer, item, options, max_tokens) for item in batch]
         fitting = [ids for ids, _ in prompts if len(ids) <= max_tokens]
         option_logps = iter(generator.option_logps(fitting, [letters] * len(fitting)))

@@ -38,6 +38,7 @@ TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
     "reasoning": 0.0, "stem": 0.1, "humanities": 0.1,
 }  # fmt: skip
+SETTINGS = {"max_new_tokens": 1024, "temperature": TEMPERATURES}
 FIELDS = ("question_id", "category", "turns")
 JUDGE = (
     "in FastChat's fastchat/llm_judge: cp {path} data/mt_bench/model_answer/{name}.jsonl && "
@@ -65,9 +66,16 @@ def load(folder, options):
     return [{"id": str(question["question_id"]), **question} for question in questions]
 
 
-def turns(items, n):
-    """The items of the n-th turn. All items of one turn are asked before those of the next."""
-    return [{**item, "id": f"{item['id']}/{n}"} for item in items]
+def turns(items, n, answers=()):
+    """The items of the n-th turn. All items of one turn are asked before those of the next.
+
+    answers: those to the turns before, of each item; without any, those of the first turn.
+    """
+    answers = answers or [()] * len(items)
+    return [
+        {**item, "id": f"{item['id']}/{n}", "answers": earlier}
+        for item, earlier in zip(items, answers, strict=True)
+    ]
 
 
 def prompt(tokenizer, item, options, answers=()):
@@ -88,34 +96,39 @@ def score(item, text):
 def evaluate(generator, records, folder, options):
     """No score without the judge; the answers go to results.mt_bench.jsonl."""
     items, name = load(folder, options), model_name(generator)
-    first, second = turns(items, 1), turns(items, 2)
-    for batch in records.pending(first):
-        records.add(answer_turn(generator, records, batch, [()] * len(batch), options))
-    first_answers = {record["id"]: record["answer"] for record in records.of(first)}
-    for batch in records.pending(second):
-        earlier = [(first_answers[f"{item['question_id']}/1"],) for item in batch]
-        records.add(answer_turn(generator, records, batch, earlier, options))
-    answered = [records.of(first), records.of(second)]
+    answered, answers = [], ()
+
+    def prompt_text(item):
+        return generator.tokenizer.visible(
+            prompt(generator.tokenizer, item, options, item["answers"])
+        )
+
+    for n in (1, 2):
+        asked = turns(items, n, answers)
+        for batch in records.pending(asked, prompt=prompt_text, settings=SETTINGS):
+            records.add(answer_turn(generator, records, batch, options))
+        answered.append(records.of(asked))
+        answers = [(record["answer"],) for record in answered[-1]]
     path = write_outputs(records, "mt_bench.jsonl", json_lines(lines(items, *answered, name)))
     return result(
         "grade of 10",
         None,
         None,
         2 * len(items),
-        {"max_new_tokens": 1024, "temperature": TEMPERATURES},
+        SETTINGS,
         outputs=path,
         judge=JUDGE.format(path=path, name=name),
         finishes=finishes(answered[0] + answered[1]),
     )
 
 
-def answer_turn(generator, records, batch, earlier, options):
-    """Records of a batch of one turn. earlier: for each item, the answers before this turn."""
+def answer_turn(generator, records, batch, options):
+    """Records of a batch of one turn."""
     tokenizer, new = generator.tokenizer, {}
     for temperature in sorted({TEMPERATURES[item["category"]] for item in batch}):
-        sampling = Sampling(1024, temperature, seed=options.seed)
+        sampling = Sampling(SETTINGS["max_new_tokens"], temperature, seed=options.seed)
         part = [i for i, item in enumerate(batch) if TEMPERATURES[item["category"]] == temperature]
-        prompts = [prompt(tokenizer, batch[i], options, earlier[i]) for i in part]
+        prompts = [prompt(tokenizer, batch[i], options, batch[i]["answers"]) for i in part]
         seeds = [seed_of(batch[i]) for i in part]
         answers = generator.generate(prompts, sampling, seeds, records.advance)
         for i, ids, answer in zip(part, prompts, answers, strict=True):

@@ -26,6 +26,7 @@ Where ours differs:
 """
 
 import csv
+import dataclasses
 import io
 import math
 from pathlib import Path
@@ -136,7 +137,12 @@ def evaluate(generator, records, folder, options):
     items, name = load(folder, options), model_name(generator)
     # A tuned model ends its answer itself; a base model would continue with a question of its own.
     sampling = Sampling(max_new_tokens=50, stop=() if options.chat else ("\n\n",))
-    for batch in records.pending(items):
+
+    def prompt_text(item):
+        return generator.tokenizer.visible(prompt(generator.tokenizer, item, options))
+
+    settings = dataclasses.asdict(sampling)
+    for batch in records.pending(items, prompt=prompt_text, settings=settings):
         asked = [options_of(generator.tokenizer, item, options) for item in batch]
         prompts, choices = [ids for ids, _ in asked], [answers for _, answers in asked]
         completions = generator.generate(prompts, sampling, advance=records.advance)

@@ -26,6 +26,7 @@ class RunError(RuntimeError):
 @contextlib.contextmanager
 def reported():
     """Turn `InputError`, `RunError` and `OSError` into one line `error: …` and an exit status."""
+    usable_streams()
     try:
         yield
     except BrokenPipeError:  # the reader of our output (`| head`) has closed it
@@ -46,6 +47,19 @@ def reported():
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         # Not sys.exit: Python's shutdown would wait for process groups that other ranks still hold.
         os._exit(1 if isinstance(error, RunError) else 2)
+
+
+def usable_streams():
+    """Give the program a standard input and outputs, whatever it was started with.
+
+    One that is closed (`<&-`) becomes the null device. A terminal that cannot show a character (a
+    locale of ASCII) gets a `?` instead of it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def one_line(error):

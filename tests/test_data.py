@@ -319,12 +319,14 @@ def test_a_row_too_short_for_the_longest_document_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     "record, problem",
     [
-        ({}, "messages is nothing"),
+        ({}, "found no field, expected messages, or"),
+        ({"text": "hi", "label": 1}, "found label, text, expected messages, or conversations, or"),
         ({"messages": []}, r"messages is \[\]"),
         ({"messages": "hi"}, 'messages is "hi"'),
         ({"messages": ["hi"]}, r'messages\[0\] is "hi"'),
         (chat("a", None), r"messages\[1\].content is null"),
-        (chat("a", ["b"]), r"messages\[1\].content is \["),
+        (chat("a", ["b"]), r'messages\[1\].content\[0\] is "b", expected a part of type text'),
+        (chat("a", []), r"messages\[1\].content is \[\], expected a string or a list of text"),
         ({"messages": [{"role": "tool", "content": ""}]}, r'role is "tool", expected one of'),
         ({"messages": [{"content": ""}]}, "role is null"),
         ({"messages": [{"role": ["user"], "content": ""}]}, r'role is \["user"\]'),

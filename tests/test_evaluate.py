@@ -13,10 +13,12 @@ import pytest
 
 import evaluate
 from decoding.generator import TextGenerator
-from evals.harness import Options, Records, mean_and_error, sample, seed_of
+from decoding.sampling import Sampling
+from evals.harness import Options, Records, digest_of, mean_and_error, sample, seed_of
 from program.errors import InputError
 from program.flags import parse_args
 from program.ranks import start
+from tokens.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -83,6 +85,58 @@ def test_an_interrupted_evaluation_continues(flags, monkeypatch):
     assert {**results["tasks"]["demo"], "seconds": 0} == {**whole["tasks"]["demo"], "seconds": 0}
     evaluate.main(flags)  # once more: nothing is left to ask
     assert asked == [64, 0, 6]
+
+
+def test_a_changed_question_is_asked_again(flags, monkeypatch, capsys):
+    """Question, answer to be given, settings of the task, prompt: what changed is asked, and said.
+
+    A changed answer, too: the record holds the verdict on it.
+    """
+    evaluate.main(flags)
+    first, before = written(flags)
+    path = Path(flags["data"]) / "demo" / "held_out.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3].replace("What is 3 plus", "What was 3 plus")
+    lines[5] = lines[5].replace('"answer": "4"', '"answer": "7"')
+    path.write_text("\n".join(lines[:-1]) + "\n")
+    capsys.readouterr()
+    evaluate.main(flags)
+    assert "demo: 2 of 69 items have changed since" in capsys.readouterr().err
+    results, records = written(flags)
+    assert [record["id"] for record in records[70:]] == ["held_out_3", "held_out_5"]
+    assert records[:70] == before and "What was 3 plus 2?" in records[70]["prompt"]
+    assert results["tasks"]["demo"]["n"] == 69
+    assert len(results["tasks"]["demo"]["items_sha256"]) == 64
+    assert results["tasks"]["demo"]["items_sha256"] != first["tasks"]["demo"]["items_sha256"]
+    evaluate.main(flags)
+    assert "have changed" not in capsys.readouterr().err and len(written(flags)[1]) == 72
+    monkeypatch.setattr("evals.demo.SAMPLING", Sampling(max_new_tokens=3))
+    evaluate.main(flags)
+    assert "demo: 69 of 69 items have changed" in capsys.readouterr().err
+    monkeypatch.setattr(Tokenizer, "visible", lambda self, ids: "another prompt")
+    evaluate.main(flags)
+    assert "demo: 69 of 69 items have changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            r"record 2: messages\[0\].content is nu",
+        ),
+        ({"messages": "Hi"}, "messages is a str, expected a list"),
+        ({"answer": 4}, "answer is a int, expected a str"),
+    ],
+)
+def test_a_bad_question_of_the_demo_is_named(flags, changes, expected):
+    """The line and the field, before the model is loaded."""
+    path = Path(flags["data"]) / "demo" / "held_out.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1] |= changes
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=expected):
+        evaluate.main(flags)
 
 
 def test_two_ranks_score_as_one(flags):
@@ -177,9 +231,9 @@ def test_items_are_asked_in_lists_of_one_field(tmp_path):
     """At most `per_rank` in each, in their order; with `group_by`, of one value of that field."""
     start()
     items = [{"id": str(k), "subject": "a" if k < 3 else "b"} for k in range(7)]
-    records = Records(
-        tmp_path / "lines.jsonl", [{"task": "t", "id": "6"}, {"task": "u", "id": "0"}]
-    )
+    key = digest_of([items[6], None])
+    earlier = [{"task": "t", "id": "6", "key": key}, {"task": "u", "id": "0", "key": key}]
+    records = Records(tmp_path / "lines.jsonl", earlier)
     records.task = "t"
 
     def lists(**options):

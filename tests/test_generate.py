@@ -253,7 +253,7 @@ def test_invalid_utf8_does_not_end_a_chat(base):
 @pytest.mark.parametrize(
     "line, expected",
     [
-        ('{"prompt": 3}', "content is 3, expected a string"),
+        ('{"prompt": 3}', "prompt is 3, expected a string"),
         ('{"text": "a"}', 'expected either "prompt" or "messages"'),
         ('{"messages": []}', "expected a list of messages"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "found an assistant's message"),

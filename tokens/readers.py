@@ -35,6 +35,8 @@ def data_files(paths):
             raise InputError(f"{path}: no such file or folder")
         elif not is_data(path):
             raise InputError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+        elif not path.is_file():
+            raise InputError(f"{path}: a pipe or a device, expected a file: it is read twice")
         else:
             files.append(path)
     return files
@@ -44,22 +46,26 @@ def is_data(path):
     return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
 
 
-def records(path):
+def records(path, fields=None):
     """Yield `(number, record)`: each object of a file, with its line or its place, from 1.
 
     Blank lines are counted and skipped. Raises `InputError`, with file and number, for bad data.
+    fields: see `read_batches`.
     """
-    for first, batch, _ in read_batches(path):
+    for first, batch, _ in read_batches(path, fields):
         for number, raw in enumerate(batch, first):
             if (record := parse(raw, path, number)) is not None:
                 yield number, record
 
 
-def read_batches(path):
+def read_batches(path, fields=None):
     """Yield `(first, batch, done)`: the number of the batch's first record, the records (lines as
-    bytes, or parsed values), and the share of the file that has been read."""
+    bytes, or parsed values), and the share of the file that has been read.
+
+    fields: the columns to read of a parquet file, all by default; the others are `"not read"`.
+    """
     if path.name.endswith(".parquet"):
-        yield from read_parquet(path)
+        yield from read_parquet(path, fields)
     elif path.name.endswith(".json"):
         yield from read_json(path)
     else:
@@ -101,12 +107,30 @@ def read_json(path):
         yield i + 1, batch, (i + len(batch)) / len(values)
 
 
-def read_parquet(path):
+def read_parquet(path, fields):
     with parquet(path) as table:
-        first, rows = 1, max(table.metadata.num_rows, 1)
-        for batch in table.iter_batches(BATCH_RECORDS):
-            yield first, batch.to_pylist(), (first - 1 + batch.num_rows) / rows
+        first, rows, names = 1, max(table.metadata.num_rows, 1), table.schema_arrow.names
+        wanted = [name for name in names if fields is None or name in fields]
+        # A column that is not read may hold pictures, or dates that Python does not know.
+        unread = {name: "not read" for name in names if name not in wanted}
+        for batch in table.iter_batches(BATCH_RECORDS, columns=wanted):
+            values = [unread.copy() for _ in range(batch.num_rows)]
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                column = values_of(column, name, path, first)
+                for record, value in zip(values, column, strict=True):
+                    record[name] = value
+            yield first, values, (first - 1 + batch.num_rows) / rows
             first += batch.num_rows
+
+
+def values_of(column, name, path, first):
+    """The values of a column; raises `InputError` for one that Python cannot hold."""
+    try:
+        return column.to_pylist()
+    except (ValueError, TypeError, ArithmeticError) as error:
+        if len(column) == 1:
+            raise InputError(f"{path}:{first}: {name} cannot be read ({error})") from None
+        return [values_of(column.slice(k, 1), name, path, first + k)[0] for k in range(len(column))]
 
 
 @contextlib.contextmanager

@@ -1,21 +1,40 @@
-"""What `python data.py` shows of the tokens: the lengths of conversations, and what is trained."""
+"""What `python data.py` shows of the tokens: the lengths of records, and what is trained."""
 
 import sys
 
 import numpy as np
 
+from tokens.records import SIDES
 
-def print_lengths(lengths):
+
+def print_lengths(lengths, kind="conversation"):
     """Percentiles of the lengths, and their histogram in powers of two."""
     shares = (5, 25, 50, 75, 95, 99, 100)
     values = zip(shares, np.percentile(lengths, shares), strict=True)
     percentiles = ", ".join(f"{share} %: {value:,.0f}" for share, value in values)
-    print(f"tokens of a conversation: mean {lengths.mean():,.0f}; percentiles {percentiles}")
+    print(f"tokens of a {kind}: mean {lengths.mean():,.0f}; percentiles {percentiles}")
     powers = np.ceil(np.log2(lengths)).astype(int)
     counts = np.bincount(powers)
     for power in range(powers.min(), powers.max() + 1):
         bar = "█" * round(50 * counts[power] / counts.max())
         print(f"  ≤ {2**power:>7,} {counts[power]:>9,} {bar}")
+
+
+def print_sequences(tokenizer, name, sequences):
+    """A conversation, or a pair as its prompt, the chosen and the rejected answer.
+
+    sequences: its one or two `(ids, trained)`. The two of a pair begin alike, with the prompt.
+    """
+    if len(sequences) == 1:
+        ((ids, trained),) = sequences
+        print(f"\n{name}, {len(ids)} tokens:\n{highlight(tokenizer, ids, trained)}")
+        return
+    answer = int(np.argmax(sequences[0][1]))
+    parts = [("prompt", sequences[0], slice(answer))]
+    parts += [(side, s, slice(answer, None)) for side, s in zip(SIDES, sequences, strict=True)]
+    for part, (ids, trained), span in parts:
+        ids, trained = ids[span], trained[span]
+        print(f"\n{name}, {part}, {len(ids)} tokens:\n{highlight(tokenizer, ids, trained)}")
 
 
 def highlight(tokenizer, ids, trained):

@@ -18,9 +18,10 @@ from program.errors import InputError, RunError, one_line
 from program.files import folder_written_aside, fsync, open_locked
 from program.workers import in_order
 from tokens.readers import parse, read_batches
+from tokens.records import FIELDS
 from tokens.tokenizer import Tokenizer
 
-FORMAT = 1  # of the arrays and of the encoding; a new number makes every cache again
+FORMAT = 2  # of the arrays and of the encoding; a new number makes every cache again
 # tokens and trained: all tokens of the file. index (documents, 4): tokens, trained tokens, trained
 # spans (answers) and number of the record.
 ARRAYS = {"tokens": np.int32, "trained": np.bool_, "index": np.int64}
@@ -99,7 +100,8 @@ def make_cache(place, path, model_folder, encode_record):
         with bar, folder_written_aside(place) as folder:
             with contextlib.ExitStack() as stack:
                 files = [stack.enter_context(open(folder / name, "wb")) for name in ARRAYS]
-                for arrays, done in in_order(encode, read_batches(path), path.stat().st_size):
+                batches = read_batches(path, FIELDS)
+                for arrays, done in in_order(encode, batches, path.stat().st_size):
                     for file, array in zip(files, arrays, strict=True):
                         file.write(array.tobytes())
                     tokens += len(arrays[0])

@@ -72,7 +72,8 @@ class Tokenizer:
     def encode(self, messages):
         """`(ids, trained)` of a conversation: lists of int and of bool, of the same length.
 
-        The content and the EOS of every assistant message are trained. A user's "Hi" and an
+        The content and the EOS of every assistant message are trained, but for messages with
+        `"weight": 0` (tokens/records.py writes it). A user's "Hi" and an
         assistant's "Hello!", with Llama 2's tokenizer (⏎ is the byte piece <0x0A>):
 
             <s>  ▁<     |  user      |      >   ⏎     Hi   ⏎
@@ -132,8 +133,9 @@ class Tokenizer:
                 piece_ids = self._encode_segment(text + content, first=len(ids) == 1)
                 n = length_of_lines(piece_ids, text.count("\n"), self.line_feed)
                 add(piece_ids[:n], False)
-                add(piece_ids[n:], True)
-                add([self.eos_id], True)
+                mark = bool(message.get("weight", 1))
+                add(piece_ids[n:], mark)
+                add([self.eos_id], mark)
                 text = "\n"
             else:
                 text += content + "\n"

@@ -65,7 +65,12 @@ def test_prompts_are_the_papers(real_data):
     [
         ("(B)", " It is C. The answer is (B). So the answer is (C).", "(B)", True),
         ("(B)", " the answer is b.", "b", True),
-        ("(B)", " So the answer is (B)", "So the answer is (B)", False),
+        ("(B)", " So the answer is (B)", "(B)", True),
+        ("(B)", " So the answer is (B)\n\nIt is.", "(B)", True),
+        ("(B)", " So the answer is\n(B)", "(B)", True),
+        ("(B)", " So the answer is (C)", "(C)", False),
+        ("(B)", " The answer is (C)\nNo, the answer is (B).", "(B)", True),
+        ("(B)", " So the answer is", "So the answer is", False),
         ("(B)", " (B)\n", "(B)", True),
         ("Yes", " yes!", "yes!", True),
         ("-7", " So the answer is 7.", "7", False),

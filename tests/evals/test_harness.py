@@ -1,12 +1,13 @@
 """evals/harness.py: the answer loop that the benchmarks share."""
 
+import dataclasses
 import json
 
 import pytest
 
 from decoding.generator import Completion
 from decoding.sampling import Sampling
-from evals.harness import Records, answer_all, seed_of
+from evals.harness import Records, answer_all, digest_of, seed_of
 from program.ranks import start
 
 ITEMS = [{"id": f"q{k}", "kind": "even" if k < 3 else "odd", "number": k} for k in range(5)]
@@ -26,11 +27,15 @@ class Doubling:
         return [Completion(ids, str(2 * ids[0]), "eos") for ids in prompts]
 
 
+OLD = {"task": "t", "id": "q2", "prompt": "<2>", "completion": "old"}
+OLD |= {"key": digest_of([ITEMS[2], dataclasses.asdict(Sampling(7))])}
+
+
 @pytest.fixture
 def records(tmp_path):
     """Records of an earlier start that had answered the third item."""
     start()
-    records = Records(tmp_path / "lines.jsonl", [{"task": "t", "id": "q2", "completion": "old"}])
+    records = Records(tmp_path / "lines.jsonl", [OLD])
     records.task = "t"
     return records
 
@@ -43,9 +48,11 @@ def test_only_items_without_a_record_are_answered(records):
         mapped.append(list(texts))
         return map(score, items, texts)
 
+    def prompt(item):
+        return [item["number"]], {"shots": 3}
+
     answered = answer_all(
-        generator, records, ITEMS,
-        lambda item: ([item["number"]], {"shots": 3}),
+        generator, records, ITEMS, prompt,
         lambda item, text: {"right": int(text) == 2 * item["number"]},
         sampling, per_rank=1, group_by="kind", mapper=mapper,
     )  # fmt: skip
@@ -54,10 +61,11 @@ def test_only_items_without_a_record_are_answered(records):
     assert mapped == [["0"], ["2"], ["6"], ["8"]]
     new = [
         {"task": "t", "id": i["id"], "prompt": f"<{i['number']}>", "finish": "eos",
+         "key": digest_of([i, dataclasses.asdict(sampling)]),
          "completion": str(2 * i["number"]), "shots": 3, "right": True}
         for i in asked
     ]  # fmt: skip
-    assert answered == [*new[:2], {"task": "t", "id": "q2", "completion": "old"}, *new[2:]]
+    assert answered == [*new[:2], OLD, *new[2:]]
     assert [json.loads(line) for line in open(records.path, encoding="utf-8")] == new
-    whole = answer_all(generator, records, ITEMS, None, None, sampling)
+    whole = answer_all(generator, records, ITEMS, prompt, None, sampling)
     assert whole == answered and len(generator.calls) == 4

@@ -174,7 +174,7 @@ def test_outputs_lie_beside_the_records(folder, tmp_path, base):
     assert truthfulqa.evaluate(generator, resumed, folder, Options()) == result
     assert path.read_text(encoding="utf-8") == before
     assert set(lines[0]) == {
-        "task", "id", "prompt", "completion", "finish", "answer", "mc1", "mc2", "logps_true",
+        "task", "id", "key", "prompt", "completion", "finish", "answer", "mc1", "mc2", "logps_true",
         "logps_false",
     }  # fmt: skip
 

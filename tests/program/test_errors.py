@@ -44,6 +44,43 @@ def test_a_bug_keeps_its_traceback():
     assert "Traceback" in done.stderr and "error: " not in done.stderr
 
 
+@pytest.mark.parametrize("closed", ["0", "1", "2", "012"])
+def test_closed_streams_are_no_error(closed):
+    """`<&-`, `>&-`, `2>&-`: nothing is there to read, and what is printed is lost, no more."""
+    code = (
+        "from program import errors\n"
+        "with errors.reported():\n"
+        "    import sys, tqdm\n"
+        "    assert sys.stdin.read() == ''\n"
+        "    for _ in tqdm.tqdm([1]): print('out')\n"
+        "    print('err', file=sys.stderr)\n"
+        "    raise errors.InputError('bad')"
+    )
+    signs = " ".join(f"{k}{'<' if k == '0' else '>'}&-" for k in closed)
+    command = ["sh", "-c", f'"$0" -c "$1" {signs}', sys.executable, code]
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT, timeout=60, **pipes)
+    assert done.returncode == 2
+    assert done.stdout == ("" if "1" in closed else "out\n")
+    assert ("err\nerror: bad\n" in done.stderr) == ("2" not in closed)
+
+
+def test_a_terminal_of_ascii_shows_what_it_can():
+    """A character that the encoding lacks becomes a question mark, in output and in errors."""
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    code = (
+        "from program import errors\n"
+        "with errors.reported():\n"
+        "    print('caf\\xe9', '\\ud800')\n"
+        "    raise errors.InputError('na\\xefve')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ascii_only, capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (2, b"caf? ?\n")
+    assert done.stderr == b"error: na\\xefve\n"  # Python's own way for standard error
+
+
 def test_a_reader_that_has_had_enough_is_no_error():
     """As with `| head`: what it did not take is dropped in silence."""
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)

@@ -46,7 +46,9 @@ USER = [{"role": "user", "content": "one"}]
         ("x.jsonl", b"[]", "x.jsonl:1: found a JSON list, expected an object"),
         ("x.jsonl", b'"text"', "x.jsonl:1: found a JSON str, expected an object"),
         ("x.jsonl", json.dumps([{"messages": GOOD}], indent=1).encode(), "x.jsonl:1: not JSON"),
-        ("x.jsonl", b"{}", "x.jsonl:1: messages is nothing, expected a list of messages"),
+        ("x.jsonl", b"{}", "x.jsonl:1: found no field, expected messages, or conversations, or"),
+        ("x.jsonl", b'{"text": 1, "q": ""}', "x.jsonl:1: found q, text, expected messages, or co"),
+        ("x.jsonl", b'{"messages": null}', "x.jsonl:1: found messages (null), expected messages"),
         ("x.jsonl", b'{"messages": []}', "x.jsonl:1: messages is [], expected a list"),
         ("x.jsonl", b'{"messages": "hi"}', 'x.jsonl:1: messages is "hi", expected a list'),
         ("x.jsonl", b'{"messages": {"a": 1}}', 'x.jsonl:1: messages is {"a": 1}, expected a list'),
@@ -66,7 +68,7 @@ USER = [{"role": "user", "content": "one"}]
         (
             "x.jsonl",
             records([{"role": "user", "content": [{"type": "text"}]}]).encode(),
-            'x.jsonl:1: messages[0].content is [{"type": "text"}], expected a string',
+            'x.jsonl:1: messages[0].content[0] is {"type": "text"}, expected a part of type text',
         ),
         (
             "x.jsonl",
@@ -162,13 +164,14 @@ def test_parquet(refused, base, tmp_path, monkeypatch):
         parquet.write_table(pyarrow.table(columns), path)
         return str(path)
 
-    assert "x.parquet:1: messages is nothing" in refused(data=[write(text=["a"])])
+    assert "x.parquet:1: found text, expected messages, or" in refused(data=[write(text=["a"])])
     assert "x.parquet:1: messages is" in refused(data=[write(messages=[b"bytes"])])
     content = [[{"role": "user", "content": b"bytes"}]]
     assert "x.parquet:1: messages[0].content is" in refused(data=[write(messages=content)])
     assert "x.parquet: no records" in refused(data=[write(messages=pyarrow.array([], "string"))])
 
-    write(messages=[GOOD] * 2000, id=[os.urandom(20).hex() for _ in range(2000)])
+    texts = [os.urandom(20).hex() for _ in range(2000)]
+    write(messages=[[{"role": "user", "content": text}, GOOD[1]] for text in texts])
     assert len(data.Documents([path], base, 100, data.encode_conversation)) == 2000
     content = bytearray(path.read_bytes())
     content[2000:4000] = os.urandom(2000)
