@@ -62,6 +62,8 @@ def test_killed_again_and_again(flags, uninterrupted):
         assert harmed(flags, signal.SIGKILL, at, calls) == -signal.SIGKILL, (calls, at)
     assert harmed(flags) == 0
     assert_same_run(flags["out"], uninterrupted)
+    # After the last update, 12, there is the model: no checkpoint needs to be made.
+    assert [place.name for place in saved_runs(flags["out"])] == ["step-000010", "step-000008"]
 
 
 def test_killed_at_random(flags, uninterrupted):
