@@ -271,7 +271,7 @@ def test_several_files_and_folders_are_one_data_set(base, tmp_path):
     b = write(tmp_path / "folder" / "b.jsonl", chat("q", "b", id="of-b"))
     a = write(tmp_path / "folder" / "a.jsonl", chat("q", "a"), chat("no answer"), chat("q", "aa"))
     a.write_text("\n" + a.read_text().replace("\n", "\n  \n"))  # blank lines: records 2, 4 and 6
-    c = write(tmp_path / "c.jsonl", chat("q", "c", prompt_id="of-c"))
+    c = write(tmp_path / "c.jsonl", chat("q", "c", prompt_id="of-c"), *[chat("no answer")] * 5)
     documents = Documents([c, tmp_path / "folder"], base, 100, encode_conversation)
     tokenizer = Tokenizer(base)
     answers = [
@@ -280,11 +280,26 @@ def test_several_files_and_folders_are_one_data_set(base, tmp_path):
     assert [text[-len(w) :] for text, w in zip(answers, ("c", "a", "aa", "b"), strict=True)] == [
         "c", "a", "aa", "b"
     ]  # fmt: skip
-    assert (len(documents), documents.skipped) == (4, 1)
+    assert (len(documents), documents.skipped) == (4, 6)
     assert list(documents.names([0, 1, 2, 3])) == [
         f"{c}:1 (id of-c)", f"{a}:2 (id None)", f"{a}:6 (id None)", f"{b}:1 (id of-b)"
     ]  # fmt: skip
-    assert list(documents.names([2])) == [f"{a}:6 (id None)"]
+    # Both files have a sixth record.
+    assert list(documents.names([2, 0])) == [f"{c}:1 (id of-c)", f"{a}:6 (id None)"]
+
+
+def trains_as_told(record, tokenizer):
+    """Two sequences of two tokens, the second one trained where the record says so."""
+    return [([1, 5], [False, trained]) for trained in record["trained"]]
+
+
+def test_a_record_is_left_out_where_one_of_its_sequences_trains_nothing(base, tmp_path):
+    """Whichever of the two it is: what is kept has trained tokens on both sides."""
+    sides = ((True, True), (True, False), (False, True), (False, False), (True, True))
+    path = write(tmp_path / "sides.jsonl", *({"trained": both} for both in sides))
+    documents = Documents([path], base, 9, trains_as_told, per_record=2)
+    assert documents.numbers.tolist() == [[1, 1], [5, 5]] and documents.skipped == 3
+    assert documents.trained_counts.tolist() == [[1, 1], [1, 1]]
 
 
 def sequences_of(documents):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dpo
+from checkpoint.resume import saved_runs
 from checkpoint.weights import weights_key
 from conftest import run_program, updates
 from data import Documents, update_members
@@ -344,6 +345,8 @@ def test_killed_again_and_again(flags, tmp_path):
         assert status == -signal.SIGKILL, (calls, at)
     assert harmed(flags, program="dpo") == 0
     assert_same_run(flags["out"], whole["out"])
+    # After the last update, 12, there is the model: no checkpoint needs to be made.
+    assert [place.name for place in saved_runs(flags["out"])] == ["step-000010", "step-000008"]
     assert not [*tmp_path.glob("*.partial"), *tmp_path.glob("*.lock")]
 
 

@@ -104,6 +104,17 @@ def test_title_names_model_data_and_hardware(tmp_path):
     assert "llama on chats.jsonl" in title and "2 x H100" in title and "/x" not in title
 
 
+def test_a_continued_run_is_titled_by_its_last_start(tmp_path):
+    """The updates of all its starts, and the hardware on which it ended."""
+    path = tmp_path / "metrics.jsonl"
+    start = write_log(path, 3)
+    last = start | {"environment": start["environment"] | {"ranks": 4}}
+    whole = path.read_text().rpartition("\n")[0]
+    path.write_text(f'{whole}\n{json.dumps(last)}\n{{"step": 4, "loss": 1.0}}\n')
+    found, updates = plot.read_metrics(path, "loss")
+    assert found == last and [record["step"] for record in updates] == [1, 2, 3, 4]
+
+
 def test_note_follows_the_title(tmp_path, drawn):
     """What the log does not hold, such as the commit, is named when it is given."""
     start = write_log(tmp_path / "metrics.jsonl", 3)

@@ -62,6 +62,8 @@ def test_killed_again_and_again(flags, uninterrupted):
         assert harmed(flags, signal.SIGKILL, at, calls) == -signal.SIGKILL, (calls, at)
     assert harmed(flags) == 0
     assert_same_run(flags["out"], uninterrupted)
+    # After the last update, 12, there is the model: no checkpoint needs to be made.
+    assert [place.name for place in saved_runs(flags["out"])] == ["step-000010", "step-000008"]
 
 
 def test_killed_at_random(flags, uninterrupted):
@@ -208,7 +210,9 @@ def test_loss_that_is_not_finite(flags, tmp_path):
 
 
 def test_fewer_conversations_than_an_update_takes(flags, capsys):
-    """One update an epoch, of all there are, and a warning."""
+    """One update an epoch, of all there are, and a warning; none where there are just enough."""
     sft.main(flags | {"batch_size": 100, "epochs": 2})
     assert "warning: 24 conversations are fewer than --batch-size 100" in capsys.readouterr().err
     assert steps(flags["out"]) == [1, 2]
+    sft.main(flags | {"batch_size": 24, "epochs": 1, "out": f"{flags['out']}-24"})
+    assert "warning" not in capsys.readouterr().err

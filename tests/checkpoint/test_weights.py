@@ -141,13 +141,18 @@ def test_large_models_are_written_in_shards_with_an_index(base, tmp_path, monkey
         assert len(tensors) == 1 or sum(2 * t.numel() for t in tensors.values()) <= 25_000
         assert all(index["weight_map"][tensor] == name for tensor in tensors)
         parts |= tensors
-    assert index["metadata"]["total_size"] == sum(2 * t.numel() for t in whole.values())
+    total_size = sum(2 * t.numel() for t in whole.values())
+    assert index["metadata"]["total_size"] == total_size
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "many").state_dict()
     ours = sharded(tmp_path / "many").state_dict()
     for name in whole:
         assert torch.equal(theirs[name], whole[name])
         assert torch.equal(ours[name], whole[name].float())
+    # What fits exactly is one file.
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", total_size)
+    checkpoint.save_hf(sharded(base), Tokenizer(base), base, tmp_path / "exact")
+    assert (tmp_path / "exact" / "model.safetensors").is_file()
 
 
 def test_tied_embeddings_are_one_tensor(base, tmp_path):

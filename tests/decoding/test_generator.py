@@ -9,6 +9,7 @@ import torch
 from torch._dynamo import lookup_backend
 from torch.nn.functional import scaled_dot_product_attention
 
+from decoding.cached_model import how_many_fit
 from decoding.cuda_graphs import GraphedStep
 from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
@@ -108,6 +109,22 @@ def test_option_logps_are_transformers(beginning):
             places = range(len(prompt) - 1, len(prompt) + len(option) - 1)
             expected = sum(all_logps[i, t].item() for i, t in zip(places, option, strict=True))
             assert logp == pytest.approx(expected, abs=5e-5)  # five times 1e-5, see test_model
+
+
+def test_prompts_share_a_row_and_a_longer_one_has_its_own(monkeypatch):
+    """A row takes prompts up to its size; the answers are the same as from one large row."""
+    ours, _ = make_pair({})
+    prompts, generator = make_prompts(8), TextGenerator(ours, Numbers(), slots=4)
+    options = [[[4, 5], [6]]] * 8
+    expected = generator.generate(prompts, Sampling(5))
+    scores = generator.option_logps(prompts, options)
+    monkeypatch.setattr("decoding.cached_model.ROW_TOKENS", 9)
+    assert max(map(len, prompts)) > 9
+    for lengths, n in (([10, 1], 1), ([4, 5, 1], 2), ([9, 1], 1), ([1] * 5, 4), ([2], 1)):
+        assert how_many_fit(lengths, slots=4) == n
+    assert generator.generate(prompts, Sampling(5)) == expected
+    for of_prompt, logps in zip(scores, generator.option_logps(prompts, options), strict=True):
+        assert logps == pytest.approx(of_prompt, abs=2e-5)  # two times 1e-5, see test_model
 
 
 def test_no_option_and_an_empty_one():
@@ -238,6 +255,21 @@ def test_stream_goes_on_from_the_last_one():
     assert "".join(t for t, _ in generator.stream(third, sampling)) == "".join(
         t for t, _ in fresh.stream(third, sampling)
     )
+
+
+def test_a_turn_of_a_chat_has_random_numbers_of_its_own(monkeypatch):
+    """The same prompt under the same seed draws the same number; the next turn draws another."""
+    ours, _ = make_pair({})
+    generator, drawn = TextGenerator(ours, Numbers(), slots=1), []
+
+    def draw(logits, sequences, sampling):  # in place of `choose`: the answer ends at once
+        drawn.append(sequences[0].random.random())
+        return torch.tensor([EOS])
+
+    monkeypatch.setattr("decoding.generator.choose", draw)
+    for ids, seed in (([3, 4], 42), ([3, 4], 42), ([3, 4, 5], 42), ([3, 4], 41)):
+        list(generator.stream(ids, Sampling(5, temperature=1.0, seed=seed)))
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
 
 
 def test_a_chat_outgrows_its_cache():

@@ -1,4 +1,4 @@
-"""demo/command.py: the demo's SFT is run as a user would run it, outside torchrun's ranks."""
+"""demo/command.py: when the demo runs, afresh, and its SFT as a user would run it."""
 
 import subprocess
 import sys
@@ -6,11 +6,45 @@ from pathlib import Path
 
 import pytest
 
-from demo.command import train_sft
+from demo import command, tasks
+from demo.command import prepare_dpo, prepare_sft, show_effect, train_sft, wanted
 from program.errors import RunError
 from program.ranks import die_with_parent, start
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+def test_the_demo_is_for_a_command_without_model_and_data():
+    """Other flags change the demo; --model or --data alone is left to `check_flags` to refuse."""
+    assert wanted({}) and wanted({"epochs": 1, "out": "elsewhere"})
+    assert not wanted({"model": "m"}) and not wanted({"data": ["d"], "epochs": 1})
+
+
+def test_every_demo_starts_afresh_and_dpo_from_a_finished_sft(tmp_path, monkeypatch):
+    """Each removes its own earlier result; DPO keeps SFT's, and has it made where there is none."""
+    called = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "make", lambda: called.append("make"))
+    monkeypatch.setattr(command, "train_sft", lambda: called.append("train"))
+    sft, dpo = (Path(flags["out"]) / "config.json" for flags in (tasks.SFT, tasks.DPO))
+    for config in (sft, dpo):
+        config.parent.mkdir(parents=True)
+        config.write_text("{}")
+    assert prepare_dpo() == tasks.DPO and called == []
+    assert sft.exists() and not dpo.parent.exists()
+    assert prepare_sft() == tasks.SFT and called == ["make"]
+    assert not sft.parent.exists()
+    sft.parent.mkdir()  # an interrupted run: without config.json it has no model
+    assert prepare_dpo() == tasks.DPO and called == ["make", "train"]
+
+
+def test_the_effect_is_that_of_the_run_on_its_base(monkeypatch):
+    """`compare(before, after)` gets the folder that training started from, then its result."""
+    start()
+    compared = []
+    monkeypatch.setattr(command, "compare", lambda *folders: compared.append(folders))
+    show_effect({"model": "base", "out": "result", "lr": 1.0})
+    assert compared == [("base", "result")]
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from decoding.generator import Completion
 from demo import tasks as demo
-from demo.compare import report
+from demo.compare import compare, newest_model, report
 from dpo import DPOConfig
 from sft import SFTConfig
 from tokens.records import encode_conversation
@@ -164,6 +166,15 @@ def test_settings_are_flags_of_the_scripts():
     DPOConfig(**demo.DPO)
 
 
+def test_the_newest_model_is_that_of_dpo(tmp_path):
+    """Where DPO has not finished, that of SFT; a folder without config.json is no model yet."""
+    for name in ("sft", "dpo"):
+        (tmp_path / name).mkdir()
+    for name in ("sft", "dpo"):
+        (tmp_path / name / "config.json").write_text("{}")
+        assert newest_model(tmp_path) == tmp_path / name
+
+
 def test_compare_counts_right_answers(folder):
     """The printed rates are those of the replies."""
     rows = read(folder, "held_out")
@@ -175,6 +186,25 @@ def test_compare_counts_right_answers(folder):
     assert rates["sort numbers"] == ["50.0%", "100.0%"]
     assert rates["in sentences"] == ["50.0%", "0.0%"]
     assert all(line.isprintable() for line in text.splitlines())
+
+
+def test_compare_shows_the_answers_of_both_models_in_order(folder, monkeypatch, capsys):
+    """Every held-out prompt is answered by the model before training, then by the one after it."""
+
+    class Named:  # a model that answers with its name
+        tokenizer = SimpleNamespace(prompt=lambda messages: messages)
+
+        def __init__(self, place, *_, **__):
+            self.place = place
+
+        def generate(self, prompts, sampling):
+            return [Completion(text=self.place) for _ in prompts]
+
+    monkeypatch.setattr("demo.compare.TextGenerator", SimpleNamespace(from_folder=Named))
+    compare("untrained", "trained", folder)
+    rows = read(folder, "held_out")
+    expected = report(rows, ["untrained"] * len(rows), ["trained"] * len(rows))
+    assert capsys.readouterr().out == expected + "\n"
 
 
 def rates(stdout):

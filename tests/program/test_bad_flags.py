@@ -11,7 +11,8 @@ import data
 import sft
 from checkpoint import run_folder
 from program.errors import InputError
-from program.flags import parse_args
+from program.flags import parse_args, run_facts
+from tokens.records import encode_conversation
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_output_folder_that_will_not_do(refused, base, tmp_path, monkeypatch):
     run_folder.check_output(tmp_path / "out", {}, model, save_every=1)
 
 
-def test_output_folder_of_another_run(refused, conversations, tmp_path):
+def test_output_folder_of_another_run(refused, base, conversations, tmp_path):
     """Going on with another flag, other data or another model is refused, and says which."""
     other = tmp_path / "other"
     sft_flags = {"batch_size": 8, "max_steps": 1, "save_every": 1}
@@ -137,6 +138,13 @@ def test_output_folder_of_another_run(refused, conversations, tmp_path):
     (other / "metrics.jsonl").write_text(json.dumps({"event": "start", "run": facts}) + "\n")
     message = refused(out=str(other), **sft_flags)
     assert "holds a different run, with model 'elsewhere' where this one has" in message
+    # Data are compared by their content, so the same file with another line is other data.
+    facts = run_facts(sft.SFTConfig(model=str(base), dtype="float32", **sft_flags))
+    facts |= {"data": "other"}
+    (other / "metrics.jsonl").write_text(json.dumps({"event": "start", "run": facts}) + "\n")
+    key = data.Documents([conversations], base, 8192, encode_conversation).key
+    message = refused(out=str(other), **sft_flags)
+    assert f"a different run, with data 'other' where this one has '{key}'" in message
     for content in ("[]\n", "5\n", '{"run": 5}\n', '{"event": "start"}\n', "\xff\xfe\n"):
         (other / "metrics.jsonl").write_text(content, encoding="latin-1")
         assert f"--out {other}: holds " in refused(out=str(other), **sft_flags)

@@ -11,7 +11,14 @@ from checkpoint.weights import local_rows
 from harm import FORKS, free_port
 from model import Llama, LlamaConfig
 from program.errors import RunError
-from program.ranks import gather_lists, raise_together, start, sum_over_ranks, watch_signals
+from program.ranks import (
+    gather_lists,
+    own_share,
+    raise_together,
+    start,
+    sum_over_ranks,
+    watch_signals,
+)
 from training.parallel import shard
 
 CONFIG = LlamaConfig(37, 64, 96, 2, 2, 1, 32, 1e-5, 1e4, False)
@@ -152,9 +159,12 @@ def sums_and_lists():
     # fp64: fp32 has no 2^24 + 1. Integers may be among them (the loops send a count of signals).
     assert sum_over_ranks([2**24 * (rank == 0) + rank, 0.1], device) == [2**24 + 3, 0.1 + 0.1 + 0.1]
     assert gather_lists([rank] * (2 - rank)) == [0, 0, 1]
+    # Each file is one rank's, whatever the order in which a rank lists its folder.
+    share = own_share(["ecbda", "abcde", "deabc"][rank])
+    assert share == [["a", "d"], ["b", "e"], ["c"]][rank]
 
 
-def test_sums_are_fp64_lists_in_the_order_of_ranks_and_failures_shared():
+def test_sums_are_fp64_lists_in_the_order_of_ranks_and_failures_and_files_shared():
     """Of three ranks, one of which has nothing to add to the list, and another one fails."""
     assert statuses(sums_and_lists, count=3) == [0, 0, 0]
 

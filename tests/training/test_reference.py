@@ -27,7 +27,7 @@ from program.errors import RunError
 from program.ranks import start
 from tokens.records import encode_pair
 from training import reference as reference_module
-from training.reference import answer_logps, reference_logps
+from training.reference import answer_logps, check_reference, reference_logps
 
 
 @pytest.fixture
@@ -234,3 +234,12 @@ def test_log_probabilities_that_are_not_finite(base, reference, monkeypatch):
         reference()
     monkeypatch.undo()
     assert reference()[0].isfinite().all()
+
+
+def test_a_pair_that_is_not_finite_is_named_by_its_place_in_the_data(base, preferences):
+    """Not by its place among the thousand that were computed together."""
+    documents = Documents([preferences], base, 500, encode_pair, per_record=2)
+    logps = torch.zeros(4, 2)
+    logps[2, 1] = math.inf
+    with pytest.raises(RunError, match=r"1 of the first 12 pairs .* not finite.*:11 \(id p10\)"):
+        check_reference(logps, documents, np.arange(8, 12))
