@@ -21,8 +21,9 @@ import numpy as np
 from program.errors import InputError, reported
 from program.flags import check_bounds, parse_args
 from tokens import readers
-from tokens.records import FIELDS, encode_conversation, encode_pair, is_pair, remark
+from tokens.records import encode_conversation, encode_pair
 from tokens.report import print_lengths, print_sequences
+from tokens.shapes import FIELDS, is_pair, remark
 from tokens.token_cache import loaded_tokenizer, token_cache
 
 

@@ -38,7 +38,7 @@ from program.files import hold, whole_lines
 from program.flags import check_bounds, parse_args
 from program.ranks import gather_lists, start
 from tokens import readers
-from tokens.records import plain_messages, text_of
+from tokens.shapes import plain_messages, text_of
 from tokens.tokenizer import Tokenizer
 
 HELP = """/system TEXT   how the assistant should behave from now on (without TEXT: nothing set)

@@ -9,7 +9,7 @@ from decoding.sampling import Sampling
 from demo.tasks import LONGEST_ANSWER, prefers, solves
 from evals.harness import answer_all, finishes, mean_and_error, published, read_jsonl, result
 from program.errors import InputError
-from tokens.records import plain_messages
+from tokens.shapes import plain_messages
 
 SAMPLING = Sampling(max_new_tokens=LONGEST_ANSWER)
 

@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 
-from tokens.records import SIDES
+from tokens.shapes import SIDES
 
 
 def print_lengths(lengths, kind="conversation"):

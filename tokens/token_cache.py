@@ -18,7 +18,7 @@ from program.errors import InputError, RunError, one_line
 from program.files import folder_written_aside, fsync, open_locked
 from program.workers import in_order
 from tokens.readers import parse, read_batches
-from tokens.records import FIELDS
+from tokens.shapes import FIELDS
 from tokens.tokenizer import Tokenizer
 
 FORMAT = 2  # of the arrays and of the encoding; a new number makes every cache again

@@ -11,7 +11,8 @@ import data
 import sft
 from data import Documents
 from program.errors import InputError
-from tokens.records import conversation, encode_conversation, encode_pair, remark
+from tokens.records import encode_conversation, encode_pair
+from tokens.shapes import conversation, remark
 from tokens.tokenizer import Tokenizer
 
 

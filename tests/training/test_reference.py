@@ -44,7 +44,7 @@ def reference(base, pairs_alone, tmp_path):
     config = dpo.DPOConfig(model=str(base), out=str(tmp_path), dtype="float32", micro_tokens=1000)
 
     def run():
-        documents = Documents([pairs_alone], base, 200, encode_pair, per_record=2)
+        documents = Documents([pairs_alone], base, 200, encode_pair, tmp_path, per_record=2)
         found = reference_logps(model, documents, config, weights_key(base), device)
         return found, next(pairs_alone.parent.glob("*.reference-*"), None)
 
