@@ -73,7 +73,7 @@ class Tokenizer:
         """`(ids, trained)` of a conversation: lists of int and of bool, of the same length.
 
         The content and the EOS of every assistant message are trained, but for messages with
-        `"weight": 0` (tokens/records.py writes it). A user's "Hi" and an
+        `"weight": 0` (tokens/shapes.py writes it). A user's "Hi" and an
         assistant's "Hello!", with Llama 2's tokenizer (⏎ is the byte piece <0x0A>):
 
             <s>  ▁<     |  user      |      >   ⏎     Hi   ⏎
