@@ -28,11 +28,11 @@ from data import pack_row, plan_rows, update_count, update_members
 from demo import command as demo
 from program.errors import reported
 from program.flags import parse_args, resolve
-from program.ranks import start, sum_over_ranks, watch_signals
+from program.ranks import gather_lists, start, sum_over_ranks, watch_signals
 from tokens.records import encode_conversation
 from training import update
 from training.parallel import shard
-from training.setup import open_run, start_log
+from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class SFTConfig:
     max_steps: int = 0  # stop after so many updates of the full schedule (0: all)
     save_every: int = 0  # updates between resumable checkpoints (0: only when stopped by a signal)
     keep: int = 2  # resumable checkpoints that stay
+    keep_checkpoints: bool = False  # a finished run keeps them, too
     seed: int = 42  # of the order of the data
     dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
     recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
@@ -71,7 +72,7 @@ def main(flags):
 
     shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
     optimizer = update.make_optimizer(model, config)
-    first = resume_run(run.out, model, optimizer)
+    first = resume_run(run.out, model, optimizer, config.keep)
     if first == 0:
         load_hf(model, config.model)
     if rank == 0:
@@ -121,18 +122,17 @@ def main(flags):
 
         # Save.
         if stop or (config.save_every and (step + 1) % config.save_every == 0 and step + 1 < last):
-            save_run(run.out, step + 1, model, optimizer, config.keep)
+            save_run(run.out, step + 1, model, optimizer, config.keep, run.facts)
         if stop:
             break
     bar.close()
     if stop:
         if rank == 0:
             print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
-        sys.exit(128 + (signals or [15])[0])
+        sys.exit(128 + gather_lists(signals)[0])
 
     save_hf(model, run.tokenizer, config.model, run.out)
-    if rank == 0:
-        print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")
+    finish_run(run, config)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def test_orphans(base, conversations, tmp_path):
 
     start_and(signal.SIGKILL, 3)
     # The ranks are in sessions of their own; what they hold is the folder.
-    os.close(lock_output(out, patience=5))
+    lock_output(out, patience=5).close()
 
     status, log = start_and(signal.SIGTERM, 5)
     stopped = len(steps(out))
@@ -188,8 +188,8 @@ def test_two_runs_into_one_folder(flags, monkeypatch):
     monkeypatch.setattr(setup, "lock_output", functools.partial(lock_output, patience=0.1))
     with pytest.raises(InputError, match="out: another run is writing there"):
         sft.main(flags)
-    os.close(lock)
-    assert os.listdir(flags["out"]) == []
+    lock.close()
+    assert os.listdir(flags["out"]) == [".lock"]
 
 
 def test_loss_that_is_not_finite(flags, tmp_path):

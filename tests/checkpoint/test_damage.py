@@ -64,7 +64,7 @@ def test_damaged_checkpoint(flags, killed, uninterrupted, tmp_path, name, harm):
     harm(Path(flags["out"]) / "checkpoints" / "step-000006" / name)
     log = tmp_path / "log"
     # One checkpoint stays, and it is the new one: the damaged one does not count.
-    flags |= {"save_every": 5, "keep": 1}
+    flags |= {"save_every": 5, "keep": 1, "keep_checkpoints": True}
     assert harmed(flags, log=log) == 0
     assert "step-000006 is damaged (" in log.read_text()
     assert "trying the one before it" in log.read_text()
