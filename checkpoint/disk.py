@@ -46,7 +46,7 @@ def folder_bytes(folder):
 
 
 def gigabytes(size):
-    return f"{size / 1e9:,.2f} GB"
+    return f"{size / 1e9:,.{1 if size >= 1e10 else 3}f} GB"
 
 
 def explained(error, folder, needed=0, advice=""):
@@ -58,8 +58,9 @@ def explained(error, folder, needed=0, advice=""):
     """
     causes = [error]
     for cause in causes:  # grows while it is read
-        ranks = [exception for exception, _ in getattr(cause, "failures", {}).values()]
-        causes += filter(None, (*ranks, cause.__cause__, cause.__context__))
+        inner = [exception for exception, _ in getattr(cause, "failures", {}).values()]
+        inner += [cause.__cause__, cause.__context__]
+        causes += [exception for exception in inner if exception and exception not in causes]
     refusal = next((cause for cause in causes if isinstance(cause, OSError)), None)
     free = shutil.disk_usage(folder).free
     full = refusal.errno in (errno.ENOSPC, errno.EDQUOT) if refusal else free < needed

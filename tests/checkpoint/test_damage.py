@@ -141,6 +141,11 @@ def test_full_disk_during_checkpoint(flags, killed, uninterrupted, tmp_path):
         assert harmed(flags, harm, at, calls, log) == 1
         (line,) = [line for line in log.read_text().splitlines() if "error: " in line]
         assert "step-000008: the checkpoint could not be saved (" in line
+        if harm == "full":
+            assert f"(no space left in {flags['out']}: 0.000 GB needed, " in line
+            assert "GB free; a --keep less than 2 needs less)" in line
+        else:
+            assert "(File too large)" in line
         assert "what was saved before is untouched" in line
         names = [place.name for place in (Path(flags["out"]) / "checkpoints").iterdir()]
         assert sorted(names) == ["step-000004", "step-000006"]
@@ -164,7 +169,9 @@ def test_full_disk_during_the_last_save(flags, killed, uninterrupted, tmp_path):
     log = tmp_path / "log"
     for harm, at, calls in ((50_000, 0, []), ("full", 2, [FSYNC]), ("full", 7, [REPLACE])):
         assert harmed(flags, harm, at, calls, log) == 1
-        assert "the model could not be saved (" in log.read_text()
+        reason = "no space left in " if harm == "full" else "File too large); "
+        assert f"the model could not be saved ({reason}" in log.read_text()
+        log.unlink()
         assert not (Path(flags["out"]) / "config.json").exists()
         assert not (Path(flags["out"]) / "hf.partial").exists()
         assert len(saved_runs(flags["out"])) == 2

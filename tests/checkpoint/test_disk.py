@@ -35,7 +35,7 @@ def test_room_for_checkpoints_and_model(tmp_path, free, checkpoints):
     free(12_000_000 * checkpoints + 1_999_999)
     with pytest.raises(InputError) as caught:
         check_space(out, MODEL, checkpoints)
-    needed = {1: "0.01", 2: "0.03", 3: "0.04"}[checkpoints]
+    needed = {1: "0.014", 2: "0.026", 3: "0.038"}[checkpoints]
     assert f"--out {out}: {needed} GB free, expected {needed} GB for the model" in str(caught.value)
     assert ("a smaller --keep needs less" in str(caught.value)) == (checkpoints > 1)
 
@@ -48,7 +48,7 @@ def test_what_an_interrupted_run_holds_counts_as_free(tmp_path, free):
     free(11_000_000)
     check_space(tmp_path, MODEL, 1)
     free(10_999_999)
-    with pytest.raises(InputError, match="0.01 GB free and 0.00 GB in its checkpoints, expected"):
+    with pytest.raises(InputError, match="0.011 GB free and 0.003 GB in its checkpoints, expected"):
         check_space(tmp_path, MODEL, 1)
 
 
@@ -85,7 +85,7 @@ def test_a_full_disk_is_told_plainly(tmp_path, free, error):
     """Wherever in the exception the disk's error is: folder, what is needed and what is free."""
     free(34_560_000)
     text = str(explained(error, tmp_path, 120_000_000, "; advice"))
-    expected = f"no space left in {tmp_path}: 0.12 GB needed, 0.03 GB free; advice"
+    expected = f"no space left in {tmp_path}: 0.120 GB needed, 0.035 GB free; advice"
     assert text == expected
 
 

@@ -113,7 +113,7 @@ def test_output_folder_that_will_not_do(refused, base, tmp_path, monkeypatch):
     monkeypatch.undo()
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: full)
-    assert "0.00 GB free, expected 0.00 GB for the model and one resumable" in refused()
+    assert "0.000 GB free, expected 0.001 GB for the model and one resumable" in refused()
 
 
 def test_disk_for_what_stands_there_at_once(base, conversations, refused, tmp_path, monkeypatch):
