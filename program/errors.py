@@ -48,7 +48,7 @@ def reported():
 
 
 def one_line(error):
-    """The error's text without line breaks; for an `OSError`, `path: reason`."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    """The error's text without line breaks; for an `OSError`, its reason, after the path if any."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
