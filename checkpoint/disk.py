@@ -52,9 +52,9 @@ def gigabytes(size):
 def explained(error, folder, needed=0, advice=""):
     """The plain reason of an error of the disk or of torch.distributed.checkpoint, as an `OSError`.
 
-    The latter gathers its ranks' exceptions and shows their tracebacks; of the cause of an
-    exception from another rank nothing is left. A full disk is told with what was `needed` (bytes),
-    what is free, and the `advice`.
+    The latter gathers its ranks' exceptions and shows their tracebacks; of a refused write its
+    writer often leaves nothing but `unexpected pos 704 vs 598`, and then the free space decides. A
+    full disk is told with what was `needed` (bytes), what is free, and the `advice`.
     """
     causes = [error]
     for cause in causes:  # grows while it is read

@@ -145,7 +145,7 @@ def test_full_disk_during_checkpoint(flags, killed, uninterrupted, tmp_path):
             assert f"(no space left in {flags['out']}: 0.000 GB needed, " in line
             assert "GB free; a --keep less than 2 needs less)" in line
         else:
-            assert "(File too large)" in line
+            assert "unexpected pos" in line  # all that torch's writer says of the cause
         assert "what was saved before is untouched" in line
         names = [place.name for place in (Path(flags["out"]) / "checkpoints").iterdir()]
         assert sorted(names) == ["step-000004", "step-000006"]
