@@ -121,9 +121,8 @@ def update_count(records, batch_size, epochs):
     return per_epoch, per_epoch * epochs
 
 
-def schedule(documents, batch_size, epochs):
+def schedule(records, kind, batch_size, epochs):
     """One line for the user: how many updates of what, and what is left out of every epoch."""
-    records, kind = len(documents), documents.kind
     per_epoch, total = update_count(records, batch_size, epochs)
     each = min(batch_size, records)
     text = f"{amount(total, 'updates')} of {amount(each, kind)}, {per_epoch:,} an epoch"
@@ -244,7 +243,7 @@ def main(flags):
         )
         check_micro_tokens(documents, config.micro_tokens)
         print(documents.summary())
-        print(schedule(documents, config.batch_size, epochs=1))
+        print(schedule(len(documents), documents.kind, config.batch_size, epochs=1))
         turns = documents.turns
         print(f"{turns.sum():,} assistant turns, {turns.mean():.2f} a conversation")
         print_lengths(documents.lengths[:, 0])

@@ -91,7 +91,7 @@ def start_log(run, config, first, device):
     record |= {"environment": environment(device, dist.get_world_size()), "run": run.facts}
     start_records(run.metrics, first, record)
     print(
-        schedule(run.documents, config.batch_size, config.epochs)
+        schedule(len(run.documents), run.documents.kind, config.batch_size, config.epochs)
         + (f"; continued after {first:,}" if first else "")
     )
 
