@@ -3,7 +3,9 @@
 A checkpoint holds an fp32 weight and its two moments, the saved model a bf16 weight.
 """
 
+import contextlib
 import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -41,8 +43,16 @@ def check_space(folder, model, checkpoints):
 
 
 def folder_bytes(folder):
-    """Bytes of all files in `folder`, 0 where there is no such folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of all files in `folder`, 0 where there is no such folder.
+
+    A run that is still writing there may take some away meanwhile.
+    """
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(parent, name)).st_size
+    return size
 
 
 def gigabytes(size):

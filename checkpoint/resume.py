@@ -142,7 +142,10 @@ def damage(place):
     """What is wrong with a checkpoint, or None. Every rank calls it and checks its share."""
     problems = []
     try:
-        files = json.loads((place / "manifest.json").read_text())["files"]
+        manifest = read_object(place / "manifest.json")
+        files = manifest["files"]
+        if place.name != f"step-{manifest['step']:06}":
+            problems.append(f"its manifest is that of update {manifest['step']}")
         for name in own_share(files):
             if digest(place / name) != files[name]:
                 problems.append(f"{name} is not what was written")

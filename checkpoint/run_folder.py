@@ -6,6 +6,7 @@ checkpoints.
 
 import contextlib
 import json
+import operator
 import os
 from pathlib import Path
 
@@ -114,11 +115,13 @@ def log_errors(path):
 
 
 def read_records(path):
-    """The records of a metrics.jsonl, up to a line that a kill cut short."""
+    """The records of a metrics.jsonl, up to a line that a kill cut short or a disk damaged."""
     records = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+            record = dict(json.loads(line))
+            operator.index(record.get("step", 0))
+            records.append(record)
+        except (ValueError, TypeError, RecursionError):
             break
     return records

@@ -19,7 +19,7 @@ from pathlib import Path
 from program.errors import InputError
 
 # What a file system without locks answers.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
@@ -117,12 +117,13 @@ def lock(handle, patience=math.inf):
 
 @functools.cache  # once
 def warn_of_no_locks():
-    print(
-        "warning: a file system here has no locks: start no other program that writes to the same "
-        "places before this one has ended",
-        file=sys.stderr,
-        flush=True,
-    )
+    if int(os.environ.get("RANK", 0)) == 0:  # of a run's processes, one
+        print(
+            "warning: a file system here has no locks: start no other program that writes to the "
+            "same places before this one has ended",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def open_locked(path, patience=math.inf):
