@@ -92,7 +92,7 @@ class Documents:
             remarks.setdefault(remark(record, self.kind == "pairs"), f"{path}:{number}")
         lines = [f"{place}: {text}\n" for text, place in remarks.items() if text]
         return "".join(lines) + (
-            f"{len(self):,} {self.kind}, {self.lengths.sum():,} tokens, "
+            f"{amount(len(self), self.kind)}, {amount(self.lengths.sum(), 'tokens')}, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
             f"{self.skipped:,} without a trained token skipped"
         )
@@ -125,6 +125,22 @@ def update_count(records, batch_size, epochs):
     """(updates of an epoch, of the run): the last partial batch of an epoch is dropped."""
     per_epoch = max(1, records // batch_size)
     return per_epoch, per_epoch * epochs
+
+
+def schedule(records, kind, batch_size, epochs):
+    """One line for the user: how many updates of what, and what is left out of every epoch."""
+    per_epoch, total = update_count(records, batch_size, epochs)
+    each = min(batch_size, records)
+    text = f"{amount(total, 'updates')} of {amount(each, kind)}, {per_epoch:,} an epoch"
+    if left_out := records - per_epoch * each:
+        verb = "is" if left_out == 1 else "are"
+        text += f"; {left_out:,} of the {amount(records, kind)} {verb} left out of each epoch"
+    return text
+
+
+def amount(number, plural):
+    """`1 pair`, `2 pairs`."""
+    return f"{number:,} {plural if number != 1 else plural.removesuffix('s')}"
 
 
 def update_members(records, batch_size, seed, step):
@@ -239,6 +255,7 @@ def main(flags):
         )
         check_micro_tokens(documents, config.micro_tokens)
         print(documents.summary())
+        print(schedule(len(documents), documents.kind, config.batch_size, epochs=1))
         turns, lengths = documents.turns, documents.lengths.sum(1)
         if not pairs:
             print(f"{turns.sum():,} assistant turns, {turns.mean():.2f} a conversation")

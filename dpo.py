@@ -15,7 +15,6 @@ from program import threads  # noqa: F401, before torch
 
 # isort: split
 import math
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -32,12 +31,13 @@ from data import plan_rows, update_count, update_members
 from demo import command as demo
 from program.errors import RunError, reported
 from program.flags import parse_args, resolve
-from program.ranks import start, sum_over_ranks, watch_signals
+from program.ranks import gather_lists, start, sum_over_ranks
+from program.signals import watch_signals
 from tokens.records import encode_pair
 from training import update
 from training.parallel import shard
 from training.reference import answer_logps, reference_logps
-from training.setup import open_run, start_log
+from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class DPOConfig:
     max_steps: int = 0  # stop after so many updates of the full schedule (0: all)
     save_every: int = 0  # updates between resumable checkpoints (0: only when stopped by a signal)
     keep: int = 2  # resumable checkpoints that stay
+    keep_checkpoints: bool = False  # a finished run keeps them, too
     seed: int = 42  # of the order of the data
     dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
     recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
@@ -121,7 +122,7 @@ def main(flags):
     # The model that training starts from is the reference, so it is loaded for a resumed run, too.
     load_hf(model, config.model)
     references = reference_logps(model, documents, config, run.facts["weights"], device)  # (n, 2)
-    first = resume_run(run.out, model, optimizer)
+    first = resume_run(run.out, model, optimizer, config.keep)
     if rank == 0:
         start_log(run, config, first, device)
 
@@ -175,18 +176,17 @@ def main(flags):
 
         # Save.
         if stop or (config.save_every and (step + 1) % config.save_every == 0 and step + 1 < last):
-            save_run(run.out, step + 1, model, optimizer, config.keep)
+            save_run(run.out, step + 1, model, optimizer, config.keep, run.facts)
         if stop:
             break
     bar.close()
     if stop:
         if rank == 0:
             print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
-        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # else another rank got it
+        sys.exit(128 + gather_lists(signals)[0])
 
     save_hf(model, run.tokenizer, config.model, run.out)
-    if rank == 0:
-        print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")
+    finish_run(run, config)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Source: Ivison et al. 2023 (arXiv 2311.10702), appendix B; EasyLM llama_train.py
 from program import threads  # noqa: F401, before torch
 
 # isort: split
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -29,11 +28,12 @@ from data import pack_row, plan_rows, update_count, update_members
 from demo import command as demo
 from program.errors import reported
 from program.flags import parse_args, resolve
-from program.ranks import start, sum_over_ranks, watch_signals
+from program.ranks import gather_lists, start, sum_over_ranks
+from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
 from training.parallel import shard
-from training.setup import open_run, start_log
+from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class SFTConfig:
     max_steps: int = 0  # stop after so many updates of the full schedule (0: all)
     save_every: int = 0  # updates between resumable checkpoints (0: only when stopped by a signal)
     keep: int = 2  # resumable checkpoints that stay
+    keep_checkpoints: bool = False  # a finished run keeps them, too
     seed: int = 42  # of the order of the data
     dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
     recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
@@ -73,7 +74,7 @@ def main(flags):
     # Sharded before it has memory, so that no rank ever holds the whole model.
     shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
     optimizer = update.make_optimizer(model, config)
-    first = resume_run(run.out, model, optimizer)
+    first = resume_run(run.out, model, optimizer, config.keep)
     if first == 0:
         load_hf(model, config.model)
     if rank == 0:
@@ -123,18 +124,17 @@ def main(flags):
 
         # Save.
         if stop or (config.save_every and (step + 1) % config.save_every == 0 and step + 1 < last):
-            save_run(run.out, step + 1, model, optimizer, config.keep)
+            save_run(run.out, step + 1, model, optimizer, config.keep, run.facts)
         if stop:
             break
     bar.close()
     if stop:
         if rank == 0:
             print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
-        sys.exit(128 + (signals[0] if signals else signal.SIGTERM))  # else another rank got it
+        sys.exit(128 + gather_lists(signals)[0])
 
     save_hf(model, run.tokenizer, config.model, run.out)
-    if rank == 0:
-        print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")
+    finish_run(run, config)
 
 
 if __name__ == "__main__":

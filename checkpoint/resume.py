@@ -5,6 +5,7 @@ A checkpoint is made whole in `save_run`: torch.distributed.checkpoint writes th
 leaves the old state or the new one. `resume_run` trusts only what agrees with its manifest.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,15 +16,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from program.files import digest, fsync
+from checkpoint.disk import checkpoint_bytes, explained
+from program.errors import InputError
+from program.files import digest, fsync, read_object
 from program.ranks import gather_lists, own_share, raise_together
 
 
-def save_run(folder, step, model, optimizer, keep):
+def save_run(folder, step, model, optimizer, keep, facts):
     """Save the state after `step` updates as `folder/checkpoints/step-…`. Every rank calls it.
 
-    The `keep` newest checkpoints stay. Raises `RunError` on all ranks if the disk refuses; earlier
-    checkpoints are untouched then.
+    The `keep` newest checkpoints stay. facts: the run's (see `open_run`), for the manifest. Raises
+    `RunError` on all ranks if the disk refuses; earlier checkpoints are untouched then.
     """
     place = Path(folder) / "checkpoints" / f"step-{step:06}"
     if place.exists() and damage(place) is None:
@@ -43,7 +46,7 @@ def save_run(folder, step, model, optimizer, keep):
     if dist.get_rank() == 0 and failure is None:
         try:
             with open(partial / "manifest.json", "w") as file:
-                json.dump({"step": step, "files": files}, file)
+                json.dump({"step": step, "run": facts, "files": files}, file)
                 file.flush()
                 os.fsync(file.fileno())
             shutil.rmtree(place, ignore_errors=True)  # a damaged checkpoint of the same update
@@ -51,21 +54,41 @@ def save_run(folder, step, model, optimizer, keep):
             fsync(place.parent)
             # Checkpoints of later updates are damaged, or the run would have resumed from them.
             newest_first = saved_runs(folder)
-            this = newest_first.index(place)
-            for old in newest_first[:this] + newest_first[this + keep :]:
+            for old in newest_first[: newest_first.index(place)]:
                 shutil.rmtree(old, ignore_errors=True)
+            drop_older(folder, place, keep)
         except OSError as error:
             failure = error
-    if dist.get_rank() == 0 and failure is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+    if failure is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        advice = f"; a --keep less than {keep} needs less" if keep > 1 else ""
+        failure = explained(failure, folder, checkpoint_bytes(model), advice)
     raise_together(failure, f"{place}: the checkpoint could not be saved")
 
 
-def resume_run(folder, model, optimizer):
+def drop_older(folder, place, keep):
+    """Remove the checkpoints before `place` that are not among the `keep` newest."""
+    newest_first = saved_runs(folder)
+    for old in newest_first[newest_first.index(place) + keep :]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_checkpoints(folder):
+    """Remove all resumable state of a run; what else stands in `checkpoints/` stays."""
+    checkpoints = Path(folder) / "checkpoints"
+    for place in [*saved_runs(folder), checkpoints / "partial"]:
+        shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there is none, or something else is in it
+        checkpoints.rmdir()
+
+
+def resume_run(folder, model, optimizer, keep):
     """Load the newest checkpoint that is whole. Returns its number of updates, 0 if there is none.
 
-    A damaged checkpoint is named in a warning, and the one before it is tried. The number of ranks
-    may differ from that of the run that saved it.
+    A damaged checkpoint is named in a warning, and the one before it is tried. Older ones than the
+    `keep` newest are removed, to make room. The number of ranks may differ from that of the run
+    that saved it. Raises `InputError` for a checkpoint of another model.
     """
     for place in saved_runs(folder):
         if (problem := damage(place)) is not None:
@@ -78,13 +101,19 @@ def resume_run(folder, model, optimizer):
             continue
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
-        dcp.load(state, checkpoint_id=place)
+        try:
+            dcp.load(state, checkpoint_id=place)
+        except dcp.api.CheckpointException as error:
+            reason = explained(error, folder)
+            raise InputError(f"{place}: does not fit the model to be trained ({reason})") from None
         set_state_dict(
             model,
             optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
+        if dist.get_rank() == 0:
+            drop_older(folder, place, keep)
         return json.loads((place / "manifest.json").read_text())["step"]
     if saved_runs(folder) and dist.get_rank() == 0:
         print("warning: no checkpoint is whole, training starts again", file=sys.stderr)
@@ -97,11 +126,26 @@ def saved_runs(folder):
     return sorted(places, key=lambda place: (len(place.name), place.name), reverse=True)
 
 
+def recorded_facts(folder, unknown):
+    """`[(place, facts)]` of the checkpoints in `folder`, of all whose manifest can be read.
+
+    A manifest from before it held the facts has those of `unknown`.
+    """
+    runs = []
+    for place in saved_runs(folder):
+        with contextlib.suppress(OSError, InputError):  # damaged; `resume_run` says so
+            runs.append((place.name, read_object(place / "manifest.json").get("run", unknown)))
+    return runs
+
+
 def damage(place):
     """What is wrong with a checkpoint, or None. Every rank calls it and checks its share."""
     problems = []
     try:
-        files = json.loads((place / "manifest.json").read_text())["files"]
+        manifest = read_object(place / "manifest.json")
+        files = manifest["files"]
+        if place.name != f"step-{manifest['step']:06}":
+            problems.append(f"its manifest is that of update {manifest['step']}")
         for name in own_share(files):
             if digest(place / name) != files[name]:
                 problems.append(f"{name} is not what was written")

@@ -6,19 +6,21 @@ checkpoints.
 
 import contextlib
 import json
+import operator
 import os
-import shutil
 from pathlib import Path
 
+from checkpoint.disk import check_space
+from checkpoint.resume import recorded_facts
 from program.errors import InputError, RunError
-from program.files import hold, written_aside
+from program.files import hold, hold_file, written_aside
 
 
-def check_output(folder, facts, model, save_every):
+def check_output(folder, facts, model, checkpoints=1):
     """Raise `InputError` unless this run may write to `folder`. Nothing is written here.
 
     The folder must be new or hold an interrupted run with the same `facts` (see `open_run`), and
-    the disk must hold the model in bf16 and, with `save_every`, its fp32 weights and two moments.
+    the disk must have room for the model and so many `checkpoints`: at least that of a signal.
     """
     folder = Path(folder)
     check_same_run(folder, facts)
@@ -29,17 +31,15 @@ def check_output(folder, facts, model, save_every):
         raise InputError(f"--out {folder}: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise InputError(f"--out {folder}: {parent} cannot be written")
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    needed, free = parameters * (14 if save_every else 2), shutil.disk_usage(parent).free
-    if free < needed:
-        raise InputError(
-            f"--out {folder}: {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB "
-            "for the model and one resumable checkpoint"
-        )
+    check_space(folder, model, checkpoints)
 
 
 def check_same_run(folder, facts):
-    """Raise `InputError` if `folder` holds a finished run, a model, or a run with other facts."""
+    """Raise `InputError` if `folder` holds a finished run, a model, or a run with other facts.
+
+    Both the log and the checkpoints say what run is theirs; a checkpoint from before they did is
+    taken to be the log's.
+    """
     log = folder / "metrics.jsonl"
     # A run that was killed while its model moved in has weights there, but no config.json yet.
     weights = () if log.exists() else ("model.safetensors", "model.safetensors.index.json")
@@ -49,24 +49,44 @@ def check_same_run(folder, facts):
                 f"--out {folder}: holds a finished run or a model ({name}), expected a "
                 "new folder or an interrupted run's"
             )
-    if log.exists():
-        recorded = next(iter(read_records(log)), {}).get("run")
+    runs = [(log.name, next(iter(read_records(log)), {}).get("run"))] if log.exists() else []
+    runs += recorded_facts(folder, runs[0][1] if runs else None)
+    for place, recorded in runs:
         recorded = recorded if isinstance(recorded, dict) else {}
         for name, value in facts.items():
             if recorded.get(name) != value:
                 raise InputError(
                     f"--out {folder}: holds a different run, with {name} "
-                    f"{recorded.get(name)!r} where this one has {value!r}"
+                    f"{recorded.get(name)!r} where this one has {value!r} (in {place})"
                 )
 
 
 def lock_output(folder, patience=15):
     """Make `folder` and lock out other runs until this process ends. Returns the lock.
 
-    patience: seconds to wait for a run that was just killed.
+    patience: seconds to wait for a run that was just killed. The lock is a file, `.lock`, because a
+    folder's own lock is refused by some file systems and is not seen by other machines on NFS;
+    `unlock_output` removes it. The folder is locked as well, as it was before there was the file.
+    Closing the lock gives both free.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return hold(os.open(folder, os.O_RDONLY), folder, patience)
+    lock = contextlib.ExitStack()
+    handle = os.open(folder, os.O_RDONLY)
+    lock.callback(os.close, handle)
+    try:
+        with contextlib.suppress(OSError):
+            hold(handle, folder, patience)
+        lock.enter_context(hold_file(Path(folder) / ".lock", folder, patience))
+    except InputError:
+        lock.close()
+        raise
+    return lock
+
+
+def unlock_output(folder, lock):
+    """Let other runs write to `folder`."""
+    (Path(folder) / ".lock").unlink(missing_ok=True)
+    lock.close()
 
 
 def start_records(path, steps, record):
@@ -95,11 +115,13 @@ def log_errors(path):
 
 
 def read_records(path):
-    """The records of a metrics.jsonl, up to a line that a kill cut short."""
+    """The records of a metrics.jsonl, up to a line that a kill cut short or a disk damaged."""
     records = []
     for line in path.read_bytes().split(b"\n"):
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
+            record = dict(json.loads(line))
+            operator.index(record.get("step", 0))
+            records.append(record)
+        except (ValueError, TypeError, RecursionError):
             break
     return records

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
+from checkpoint.disk import explained, model_bytes
+from checkpoint.resume import saved_runs
 from program.errors import InputError
 from program.files import digest, fsync
 from program.ranks import gather_lists, own_share, raise_together
@@ -161,8 +163,9 @@ def save_hf(model, tokenizer, source, folder):
             partial.rmdir()
             fsync(folder)
         except OSError as error:
-            failure = error
             shutil.rmtree(partial, ignore_errors=True)
+            advice = "; a smaller --keep needs less" if len(saved_runs(folder)) > 1 else ""
+            failure = explained(error, folder, model_bytes(model), advice)
     for _ in blocks:  # the other ranks take part in the broadcasts, and so does a failed rank 0
         pass
     raise_together(failure, f"{folder}: the model could not be saved")

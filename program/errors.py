@@ -31,7 +31,7 @@ def reported():
         yield
     except BrokenPipeError:  # the reader of our output (`| head`) has closed it
         os._exit(0)
-    except KeyboardInterrupt:  # before training; in training, ranks.py's `watch_signals` is used
+    except KeyboardInterrupt:  # before training; in training, `watch_signals` notes it
         os._exit(128 + signal.SIGINT)
     except Exception as error:
         # Most errors are the same on every rank, so the other ranks wait: rank 0 prints the line
@@ -63,7 +63,7 @@ def usable_streams():
 
 
 def one_line(error):
-    """The error's text without line breaks; for an `OSError`, `path: reason`."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    """The error's text without line breaks; for an `OSError`, its reason, after the path if any."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())

@@ -5,16 +5,22 @@ the place of another there is a moment without either.)
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 from program.errors import InputError
+
+# What a file system without locks answers.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
@@ -89,9 +95,10 @@ def read_object(path):
 
 
 def lock(handle, patience=math.inf):
-    """Lock an open file or folder until it is closed; False where another process holds it.
+    """Lock an open file until it is closed; False where another process holds it.
 
-    patience: seconds to wait for that process.
+    patience: seconds to wait for that process. Some file systems, NFS among them, refuse to lock
+    what is not open for writing. Where there are no locks at all, a warning says so, and all go on.
     """
     until = time.monotonic() + patience
     while True:
@@ -102,18 +109,42 @@ def lock(handle, patience=math.inf):
             if time.monotonic() > until:
                 return False
             time.sleep(0.2)
-        except OSError:  # a file system without locks
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            warn_of_no_locks()
             return True
 
 
-def open_locked(path):
-    """The file `path`, open and locked; its holder renames or unlinks it, then closes it."""
+@functools.cache  # once
+def warn_of_no_locks():
+    if int(os.environ.get("RANK", 0)) == 0:  # of a run's processes, one
+        print(
+            "warning: a file system here has no locks: start no other program that writes to the "
+            "same places before this one has ended",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def open_locked(path, patience=math.inf):
+    """The file `path`, open and locked; its holder renames or unlinks it, then closes it.
+
+    None where another process holds it for longer than `patience` seconds.
+    """
     while True:
         file = open(path, "ab")
-        lock(file)
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            if not lock(file, patience):
+                file.close()
+                return None
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            file.close()
+            raise OSError(error.errno, error.strerror, str(path)) from None
         file.close()  # gone while we waited: others may hold a new file of that name
 
 
@@ -123,5 +154,13 @@ def hold(handle, path, patience=15):
     A run that was just killed may need a moment to die: `patience` seconds.
     """
     if not lock(handle, patience):
+        raise InputError(f"--out {path}: another run is writing there")
+    return handle
+
+
+def hold_file(file, path, patience=15):
+    """Hold an output, `path`, as `hold` does, by locking `file`, which is made for that."""
+    handle = open_locked(file, patience)
+    if handle is None:
         raise InputError(f"--out {path}: another run is writing there")
     return handle

@@ -51,6 +51,7 @@ HOW_NOT_WHAT = {
     "max_steps",
     "save_every",
     "keep",
+    "keep_checkpoints",
     "recompute",
     "compile",
 }

@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, exchanging numbers between them, signals that stop them.
+"""The processes of a run: joining them, and exchanging numbers between them.
 
 The same code runs in one process, on CPU (gloo) and on GPUs (NCCL).
 """
@@ -39,10 +39,14 @@ def start():
 
 
 def die_with_parent():
-    """Have Linux kill this process when its parent, torchrun, dies; else it would train on."""
+    """Have Linux send SIGTERM when the parent, torchrun, dies; else this process would train on.
+
+    Not SIGKILL: a batch system may send SIGUSR1 to every process of a run, and torchrun dies of it,
+    while its workers are still to save.
+    """
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def sum_over_ranks(values, device):
@@ -57,22 +61,6 @@ def gather_lists(items):
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
     return [item for items in lists for item in items]
-
-
-def watch_signals():
-    """A list to which SIGTERM and SIGINT are added as they come; a second of a kind kills.
-
-    The loops look at the list once an update: they save and stop where it is not empty.
-    """
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
-    return received
 
 
 def own_share(names):

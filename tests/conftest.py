@@ -79,8 +79,11 @@ def updates(out):
 @pytest.fixture(autouse=True)
 def same_signals():
     """A run in this process watches for signals; put the handlers back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
+    streams = sys.stdout, sys.stderr
     yield
+    sys.stdout, sys.stderr = streams
     for number, handler in before.items():
         signal.signal(number, handler)
 

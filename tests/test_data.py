@@ -181,6 +181,25 @@ def test_the_mixture_gives_the_originals_number_of_updates():
     assert update_count(255, 128, 3) == (1, 3)
 
 
+@pytest.mark.parametrize(
+    "records, kind, batch_size, epochs, text",
+    [
+        (326_154, "conversations", 128, 2, "5,096 updates of 128 conversations, 2,548 an epoch; "
+         "10 of the 326,154 conversations are left out of each epoch"),
+        (7, "conversations", 4, 2, "2 updates of 4 conversations, 1 an epoch; "
+         "3 of the 7 conversations are left out of each epoch"),
+        (33, "pairs", 32, 1, "1 update of 32 pairs, 1 an epoch; "
+         "1 of the 33 pairs is left out of each epoch"),
+        (8, "pairs", 4, 3, "6 updates of 4 pairs, 2 an epoch"),
+        (2, "conversations", 128, 1, "1 update of 2 conversations, 1 an epoch"),
+        (1, "pairs", 1, 1, "1 update of 1 pair, 1 an epoch"),
+    ],
+)  # fmt: skip
+def test_what_is_left_out_of_every_epoch_is_said(records, kind, batch_size, epochs, text):
+    """In the line that tells the updates, in the singular where it is one."""
+    assert data.schedule(records, kind, batch_size, epochs) == text
+
+
 def test_an_epoch_is_a_permutation_less_its_last_partial_batch():
     """10 documents in threes: nine of them once, others left out in the next epoch."""
     epochs = []
@@ -388,6 +407,7 @@ def test_what_data_py_says_of_rows_and_turns(base, conversations, capsys):
     batches = [documents.lengths[update_members(24, 4, 42, step)[1], 0] for step in range(6)]
     useful = total / sum(4 * max(batch) for batch in batches)
     assert f"(padded to the longest of 4: {useful:.0%} useful)" in shown
+    assert "6 updates of 4 conversations, 6 an epoch\n" in shown
     assert f"{conversations}:1 (id made-up-0), {documents.lengths[0, 0]} tokens:\n<s> " in shown
     assert f"{conversations}:2" not in shown
 

@@ -207,7 +207,8 @@ DESIGN_DEFAULTS = {
     "model": None, "data": None, "out": "runs/dpo", "epochs": 3, "batch_size": 32,
     "max_seq_len": 8192, "lr": 5e-7, "warmup_ratio": 0.1, "weight_decay": 0, "beta1": 0.9,
     "beta2": 0.95, "clip": 1.0, "beta": 0.1, "micro_tokens": 16384, "max_steps": 0,
-    "save_every": 0, "keep": 2, "seed": 42, "dtype": None, "recompute": None, "compile": None,
+    "save_every": 0, "keep": 2, "keep_checkpoints": False, "seed": 42, "dtype": None,
+    "recompute": None, "compile": None,
 }  # fmt: skip
 
 
@@ -332,7 +333,7 @@ def test_killed_again_and_again(flags, tmp_path):
     whole = flags | {"out": str(tmp_path / "whole")}
     assert harmed(whole, program="dpo") == 0
     next(tmp_path.glob("*.reference-*")).unlink()
-    flags |= {"save_every": 2}
+    flags |= {"save_every": 2, "keep_checkpoints": True}
     for calls, at in (
         ([REPLACE], 1),  # when the reference is whole but for its name
         ([REPLACE], 2),  # when it is there, and the log not yet

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from checkpoint.config import read_config
-from checkpoint.run_folder import check_output, lock_output, start_records
+from checkpoint.resume import remove_checkpoints
+from checkpoint.run_folder import check_output, lock_output, start_records, unlock_output
 from checkpoint.weights import find_tensors, weights_key
-from data import Documents, check_micro_tokens, update_count
+from data import Documents, amount, check_micro_tokens, schedule, update_count
 from model import Llama
+from program.errors import InputError
 from program.flags import check_flags, run_facts
 from program.hardware import environment
 from tokens.for_transformers import fast_tokenizer
@@ -52,7 +54,7 @@ def open_run(config, encode_record, pairs=False):
     find_tensors(model, config.model)
     facts, lock = run_facts(config), None
     if rank == 0:
-        check_output(out, facts, model, config.save_every)
+        check_output(out, facts, model)
     documents = Documents(
         config.data, config.model, config.max_seq_len, encode_record, out, 2 if pairs else 1
     )
@@ -61,12 +63,22 @@ def open_run(config, encode_record, pairs=False):
     if pairs:
         facts["weights"] = weights_key(config.model)
     if rank == 0:
+        # Now that the data are known: that of a signal, and those of --save-every.
+        _, total = update_count(len(documents), config.batch_size, config.epochs)
+        saves = (min(total, config.max_steps or total) - 1) // (config.save_every or total)
+        checkpoints = 1 + min(config.keep, saves)
+        check_output(out, facts, model, checkpoints)
         lock = lock_output(out)
-        check_output(out, facts, model, config.save_every)  # now that the data are known
+        try:
+            check_output(out, facts, model, checkpoints)  # what did another run do meanwhile?
+        except InputError:
+            unlock_output(out, lock)
+            raise
         print(documents.summary())
         if len(documents) < config.batch_size:
             print(
-                f"warning: {len(documents):,} {documents.kind} are fewer than --batch-size "
+                f"warning: {amount(len(documents), documents.kind)} "
+                f"{'are' if len(documents) > 1 else 'is'} fewer than --batch-size "
                 f"{config.batch_size:,}; an update takes them all, one an epoch",
                 file=sys.stderr,
             )
@@ -78,8 +90,16 @@ def start_log(run, config, first, device):
     record = {"event": "start", "config": dataclasses.asdict(config)}
     record |= {"environment": environment(device, dist.get_world_size()), "run": run.facts}
     start_records(run.metrics, first, record)
-    per_epoch, total = update_count(len(run.documents), config.batch_size, config.epochs)
     print(
-        f"{total:,} updates of {config.batch_size} {run.documents.kind}, {per_epoch:,} an epoch"
-        + (f", continued after {first:,}" if first else "")
+        schedule(len(run.documents), run.documents.kind, config.batch_size, config.epochs)
+        + (f"; continued after {first:,}" if first else "")
     )
+
+
+def finish_run(run, config):
+    """After `save_hf`: tidy the output folder, free it, and say what is in it; rank 0 acts."""
+    if dist.get_rank() == 0:
+        if not config.keep_checkpoints:
+            remove_checkpoints(run.out)
+        unlock_output(run.out, run.lock)
+        print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")

@@ -12,8 +12,12 @@ from program.hardware import peak_flops, peak_memory_gib
 
 
 def warmup_updates(total, ratio):
-    """ceil(ratio·total); rounded before, since 0.1 · 30 is a little over 3 in floating point."""
-    return math.ceil(round(ratio * total, 6))
+    """Updates of `total` in which the rate rises: ceil(ratio·total), but never all of them.
+
+    Rounded before, since 0.1 · 30 is a little over 3 in floating point. A run of one update has no
+    warm-up: its only rate would be 0.
+    """
+    return min(math.ceil(round(ratio * total, 6)), total - 1)
 
 
 def learning_rate(step, total, peak, warmup_ratio):

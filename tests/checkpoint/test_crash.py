@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 import harm
 import sft
 from checkpoint.resume import saved_runs
-from checkpoint.run_folder import lock_output
+from checkpoint.run_folder import lock_output, read_records
 from harm import (
     DELETE,
     FORKS,
@@ -84,9 +85,10 @@ def test_killed_at_random(flags, uninterrupted):
 
 
 def test_orphans(base, conversations, tmp_path):
-    """Under torchrun: killed alone it takes its ranks along, and SIGTERM saves and stops them all.
+    """Under torchrun: killed alone it stops its ranks, and SIGTERM to all three saves and stops.
 
-    What two ranks left, one goes on with, equal up to rounding.
+    Its ranks then get two SIGTERMs, the one that torchrun passes on as well. What two ranks left,
+    one goes on with, equal up to rounding.
     """
     out = tmp_path / "out"
     flags = recipe(base, conversations, out)
@@ -104,12 +106,16 @@ def test_orphans(base, conversations, tmp_path):
                 tmp_path / "log"
             ).read_text()
             time.sleep(0.05)
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         launcher.send_signal(number)
+        for child in children if number == signal.SIGTERM else []:
+            os.kill(int(child), number)
         return launcher.wait(60), (tmp_path / "log").read_text()
 
     start_and(signal.SIGKILL, 3)
     # The ranks are in sessions of their own; what they hold is the folder.
-    os.close(lock_output(out, patience=5))
+    lock_output(out, patience=30).close()
+    assert saved_runs(out)[0].name == f"step-{len(steps(out)):06}"  # they have saved first
 
     status, log = start_and(signal.SIGTERM, 5)
     stopped = len(steps(out))
@@ -132,12 +138,14 @@ def test_orphans(base, conversations, tmp_path):
 
 
 def test_stopped_by_signals(flags, uninterrupted, tmp_path):
-    """SIGTERM and SIGINT end the update, save, and exit with 128 + their number, each time."""
+    """They end the update, save, and exit with 128 + their number, each time."""
     log = tmp_path / "log"
     for number, at, step in (
         (signal.SIGTERM, 2, 3),
         (signal.SIGINT, 1, 5),
-        (signal.SIGTERM, 6, LAST),  # in the very last update, when only saving is left
+        (signal.SIGHUP, 1, 7),
+        (signal.SIGUSR1, 1, 9),
+        (signal.SIGTERM, 2, LAST),  # in the very last update, when only saving is left
     ):
         assert harmed(flags, number, at, [LOG], log) == 128 + number
         assert steps(flags["out"]) == list(range(1, step + 1))
@@ -149,10 +157,13 @@ def test_stopped_by_signals(flags, uninterrupted, tmp_path):
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_update(flags, tmp_path):
-    """Rank 1 alone gets a SIGTERM in update 3: both save it and stop there, with one message."""
+    """Rank 1 alone gets a SIGUSR1 in update 3: both save it and stop there, with one message.
+
+    And with one status, though rank 0 was told by rank 1 alone.
+    """
     log = tmp_path / "log"
     plan = [("sft", "plan_rows")]  # once an update, on every rank
-    assert harmed(flags, signal.SIGTERM, 3, plan, log, ranks=2, struck=1) == 128 + signal.SIGTERM
+    assert harmed(flags, signal.SIGUSR1, 3, plan, log, ranks=2, struck=1) == 128 + signal.SIGUSR1
     assert log.read_text().count("stopped by a signal after update 3; the same command") == 1
     assert steps(flags["out"]) == [1, 2, 3]
     assert [place.name for place in saved_runs(flags["out"])] == ["step-000003"]
@@ -190,8 +201,8 @@ def test_two_runs_into_one_folder(flags, monkeypatch):
     monkeypatch.setattr(setup, "lock_output", functools.partial(lock_output, patience=0.1))
     with pytest.raises(InputError, match="out: another run is writing there"):
         sft.main(flags)
-    os.close(lock)
-    assert os.listdir(flags["out"]) == []
+    lock.close()
+    assert os.listdir(flags["out"]) == [".lock"]
 
 
 def test_loss_that_is_not_finite(flags, tmp_path):
@@ -212,7 +223,25 @@ def test_loss_that_is_not_finite(flags, tmp_path):
 def test_fewer_conversations_than_an_update_takes(flags, capsys):
     """One update an epoch, of all there are, and a warning; none where there are just enough."""
     sft.main(flags | {"batch_size": 100, "epochs": 2})
-    assert "warning: 24 conversations are fewer than --batch-size 100" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "warning: 24 conversations are fewer than --batch-size 100" in said.err
+    assert "2 updates of 24 conversations, 1 an epoch\n" in said.out
     assert steps(flags["out"]) == [1, 2]
     sft.main(flags | {"batch_size": 24, "epochs": 1, "out": f"{flags['out']}-24"})
     assert "warning" not in capsys.readouterr().err
+
+
+def test_one_update_of_one_conversation_trains(base, conversations, tmp_path, capsys):
+    """At the full rate: the weights change by it. In the singular."""
+    data = tmp_path / "one.jsonl"
+    data.write_text(Path(conversations).read_text().splitlines(True)[0])
+    flags = recipe(base, data, tmp_path / "out") | {"epochs": 1}
+    sft.main(flags)
+    said = capsys.readouterr()
+    assert "warning: 1 conversation is fewer than --batch-size 8" in said.err
+    assert "1 conversation, " in said.out and "1 update of 1 conversation, 1 an epoch\n" in said.out
+    (record,) = (r for r in read_records(tmp_path / "out" / "metrics.jsonl") if "step" in r)
+    assert record["lr"] == flags["lr"]
+    before, after = (load_file(Path(f) / "model.safetensors") for f in (base, flags["out"]))
+    name = "model.norm.weight"
+    assert not torch.equal(before[name].bfloat16(), after[name])

@@ -48,6 +48,18 @@ def no_json(path):
     path.write_text("[]")
 
 
+def too_deep(path):
+    path.write_text("[" * 100_000)
+
+
+def other_step(path):
+    path.write_text(path.read_text().replace('"step": 6', '"step": 7'))
+
+
+def no_step(path):
+    path.write_text(path.read_text().replace('"step"', '"stop"'))
+
+
 @pytest.mark.parametrize(
     "name, harm",
     [
@@ -56,6 +68,9 @@ def no_json(path):
         (".metadata", Path.unlink),
         ("manifest.json", Path.unlink),
         ("manifest.json", no_json),
+        ("manifest.json", too_deep),
+        ("manifest.json", other_step),
+        ("manifest.json", no_step),
     ],
 )
 def test_damaged_checkpoint(flags, killed, uninterrupted, tmp_path, name, harm):
@@ -64,7 +79,7 @@ def test_damaged_checkpoint(flags, killed, uninterrupted, tmp_path, name, harm):
     harm(Path(flags["out"]) / "checkpoints" / "step-000006" / name)
     log = tmp_path / "log"
     # One checkpoint stays, and it is the new one: the damaged one does not count.
-    flags |= {"save_every": 5, "keep": 1}
+    flags |= {"save_every": 5, "keep": 1, "keep_checkpoints": True}
     assert harmed(flags, log=log) == 0
     assert "step-000006 is damaged (" in log.read_text()
     assert "trying the one before it" in log.read_text()
@@ -106,7 +121,9 @@ def test_no_whole_checkpoint_left(flags, killed, uninterrupted, tmp_path):
     assert_same_run(flags["out"], uninterrupted)
 
 
-@pytest.mark.parametrize("tail", [b'{"step": 8, "lo', b"\0" * 100])
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 8, "lo', b"\0" * 100, b'{"step": {}}\n', b"[" * 100_000 + b"\n"]
+)
 def test_half_written_log(flags, killed, uninterrupted, tail):
     """A last line that was cut short, or the zeros of a lost page, do not hinder going on."""
     shutil.copytree(killed, flags["out"])
@@ -141,6 +158,11 @@ def test_full_disk_during_checkpoint(flags, killed, uninterrupted, tmp_path):
         assert harmed(flags, harm, at, calls, log) == 1
         (line,) = [line for line in log.read_text().splitlines() if "error: " in line]
         assert "step-000008: the checkpoint could not be saved (" in line
+        if harm == "full":
+            assert f"(no space left in {flags['out']}: 0.001 GB needed, " in line
+            assert "GB free; a --keep less than 2 needs less)" in line
+        else:
+            assert "unexpected pos" in line  # all that torch's writer says of the cause
         assert "what was saved before is untouched" in line
         names = [place.name for place in (Path(flags["out"]) / "checkpoints").iterdir()]
         assert sorted(names) == ["step-000004", "step-000006"]
@@ -164,7 +186,9 @@ def test_full_disk_during_the_last_save(flags, killed, uninterrupted, tmp_path):
     log = tmp_path / "log"
     for harm, at, calls in ((50_000, 0, []), ("full", 2, [FSYNC]), ("full", 7, [REPLACE])):
         assert harmed(flags, harm, at, calls, log) == 1
-        assert "the model could not be saved (" in log.read_text()
+        reason = "no space left in " if harm == "full" else "File too large); "
+        assert f"the model could not be saved ({reason}" in log.read_text()
+        log.unlink()
         assert not (Path(flags["out"]) / "config.json").exists()
         assert not (Path(flags["out"]) / "hf.partial").exists()
         assert len(saved_runs(flags["out"])) == 2

@@ -4,15 +4,15 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import data
 import sft
-from checkpoint import run_folder
+from checkpoint import disk, run_folder
 from program.errors import InputError
 from program.flags import parse_args, run_facts
 from tokens.records import encode_conversation
+from training import setup
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,43 @@ def test_output_folder_that_will_not_do(refused, base, tmp_path, monkeypatch):
     assert f"{tmp_path} cannot be written" in refused()
     monkeypatch.undo()
     full = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: full)
-    assert "0.0 GB free, expected 0.0 GB for the model" in refused()
-    # The bf16 model takes 2 bytes a parameter, a resumable checkpoint with its fp32 weights and
-    # moments 12 more.
-    parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
-    enough, checkpoints = full._replace(free=2 * parameters), {"save_every": 1}
-    monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: enough)
-    model = torch.nn.ParameterList([torch.zeros(parameters)])
-    run_folder.check_output(tmp_path / "out", {}, model, save_every=0)
-    assert "GB free, expected 0.0 GB for the model and one" in refused(**checkpoints)
-    enough = full._replace(free=14 * parameters - 1)
-    assert "GB free, expected 0.0 GB for the model and one" in refused(**checkpoints)
-    enough = full._replace(free=14 * parameters)
-    run_folder.check_output(tmp_path / "out", {}, model, save_every=1)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: full)
+    assert "0.000 GB free, expected 0.001 GB for the model and one resumable" in refused()
+
+
+def test_disk_for_what_stands_there_at_once(base, conversations, refused, tmp_path, monkeypatch):
+    """The model in bf16, 2 bytes a weight, and checkpoints of 12: one more than stay.
+
+    Of 24 conversations in batches of 8 and one epoch, 3 updates, two can be saved before the last.
+    """
+    weights = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+    usage, run = shutil.disk_usage(tmp_path), {"batch_size": 8, "epochs": 1}
+    for flags, checkpoints in (
+        ({}, 1),
+        ({"save_every": 3}, 1),
+        ({"save_every": 2}, 2),
+        ({"save_every": 1}, 3),
+        ({"save_every": 1, "keep": 9}, 3),
+        ({"save_every": 1, "keep": 1}, 2),
+        ({"save_every": 1, "max_steps": 2}, 2),
+    ):
+        less = usage._replace(free=(12 * checkpoints + 2) * weights - 1)
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _, less=less: less)
+        several = f"{checkpoints} resumable checkpoints" if checkpoints > 1 else "one resumable"
+        assert f"GB for the model and {several}" in refused(**run, **flags)
+        enough = less._replace(free=less.free + 1)
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda _, enough=enough: enough)
+        with pytest.raises(Reached):
+            monkeypatch.setattr(setup, "lock_output", reach)
+            sft.main({"model": str(base), "data": [str(conversations)], "out": "x"} | run | flags)
+
+
+class Reached(Exception):
+    """The flags were taken."""
+
+
+def reach(*args):
+    raise Reached
 
 
 def test_output_folder_of_another_run(refused, base, conversations, tmp_path):

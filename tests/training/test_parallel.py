@@ -1,7 +1,6 @@
-"""parallel.py: what is fp32 and what is bf16 on one rank and on two, sums over ranks, signals."""
+"""parallel.py: what is fp32 and what is bf16 on one rank and on two, sums over ranks."""
 
 import os
-import signal
 
 import pytest
 import torch
@@ -11,14 +10,7 @@ from checkpoint.weights import local_rows
 from harm import FORKS, free_port
 from model import Llama, LlamaConfig
 from program.errors import RunError
-from program.ranks import (
-    gather_lists,
-    own_share,
-    raise_together,
-    start,
-    sum_over_ranks,
-    watch_signals,
-)
+from program.ranks import gather_lists, own_share, raise_together, start, sum_over_ranks
 from training.parallel import shard
 
 CONFIG = LlamaConfig(37, 64, 96, 2, 2, 1, 32, 1e-5, 1e4, False)
@@ -167,20 +159,3 @@ def sums_and_lists():
 def test_sums_are_fp64_lists_in_the_order_of_ranks_and_failures_and_files_shared():
     """Of three ranks, one of which has nothing to add to the list, and another one fails."""
     assert statuses(sums_and_lists, count=3) == [0, 0, 0]
-
-
-# ---- Signals
-
-
-def two_signals(number):
-    received = watch_signals()
-    os.kill(os.getpid(), number)
-    assert received == [number]
-    os.kill(os.getpid(), number)
-    os._exit(0)  # not reached
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_noted_and_the_second_kills(number):
-    """Both in one update, before anything has looked at the list."""
-    assert statuses(two_signals, number) == [-number]

@@ -34,14 +34,24 @@ from training.update import (
         (5808, 0.1, 581),  # its DPO: 580.8, up
         (30, 0.1, 3),  # 0.1 · 30 is 3.0000000000000004 in floating point
         (100, 0.07, 7),  # 7.000000000000001
-        (1, 0.03, 1),
+        (1, 0.03, 0),  # its only update has the full rate
+        (1, 1, 0),
+        (2, 0.03, 1),
+        (2, 1, 1),
         (7, 0, 0),
-        (7, 1, 7),
+        (7, 0.9, 6),  # 6.3, up to 7, would be all
+        (7, 1, 6),
     ],
 )
 def test_warmup_is_the_ratio_rounded_up(total, ratio, warmup):
-    """And whole numbers stay what they are, whatever floating point makes of them."""
+    """Whole numbers stay what they are, whatever floating point makes of them; never all updates.
+
+    So some update has the peak rate, and none after the first has 0.
+    """
     assert warmup_updates(total, ratio) == warmup
+    rates = [learning_rate(step, total, 2e-5, ratio) for step in range(total)]
+    assert max(rates) == rates[warmup] == 2e-5
+    assert min(rates[1:], default=1) > 0
 
 
 @pytest.mark.parametrize(
@@ -61,8 +71,8 @@ def test_learning_rate_equals_the_formula_and_transformers(total, ratio):
         assert lr == pytest.approx(expected, rel=1e-12)
         assert lr == pytest.approx(schedule.get_last_lr()[0], rel=1e-12)
         optimizer.step(), schedule.step()
-    if 0 < warmup < total:
-        assert learning_rate(warmup, total, peak, ratio) == peak
+    assert learning_rate(warmup, total, peak, ratio) == peak
+    if warmup:
         assert learning_rate(0, total, peak, ratio) == 0 < learning_rate(total - 1, total, 1, ratio)
 
 
@@ -193,6 +203,7 @@ DESIGN_DEFAULTS = {
     "model": None, "data": None, "out": "runs/sft", "epochs": 2, "batch_size": 128,
     "max_seq_len": 8192, "lr": 2e-5, "warmup_ratio": 0.03, "weight_decay": 0, "beta1": 0.9,
     "beta2": 0.95, "clip": 1.0, "micro_tokens": 16384, "max_steps": 0, "save_every": 0, "keep": 2,
+    "keep_checkpoints": False,
     "seed": 42, "dtype": None, "recompute": None, "compile": None,
 }  # fmt: skip
 
@@ -297,6 +308,7 @@ def test_a_run_is_what_it_computes(tmp_path):
     """Layout and saving do not make another run; what changes the weights does."""
     base = valid(model=str(tmp_path))
     same = {"micro_tokens": 99, "max_steps": 3, "save_every": 5, "keep": 4, "out": "x"}
+    same |= {"keep_checkpoints": True}
     assert run_facts(valid(model=f"{tmp_path}/.", **same)) == run_facts(base)
     other = {"epochs": 3, "batch_size": 4, "max_seq_len": 9, "lr": 1e-4, "warmup_ratio": 0.1}
     other |= {"weight_decay": 0.1, "beta1": 0.8, "beta2": 0.9, "clip": 2.0, "seed": 1}

@@ -1,0 +1,80 @@
+"""How much a run needs of the disk, and what is said where the disk is full.
+
+A checkpoint holds an fp32 weight and its two moments, the saved model a bf16 weight.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from program.errors import InputError, one_line
+
+
+def checkpoint_bytes(model):
+    """Bytes of one resumable checkpoint of `model`."""
+    return 12 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def model_bytes(model):
+    """Bytes of `model` as `save_hf` writes it."""
+    return 2 * sum(parameter.numel() for parameter in model.parameters())
+
+
+def check_space(folder, model, checkpoints):
+    """Raise `InputError` unless the disk takes the model and so many `checkpoints` at once.
+
+    What an interrupted run's folder holds already counts as free: the new ones take its place.
+    """
+    parent = Path(folder)
+    while not parent.exists():
+        parent = parent.parent
+    needed = model_bytes(model) + checkpoints * checkpoint_bytes(model)
+    free = shutil.disk_usage(parent).free
+    held = sum(map(folder_bytes, (Path(folder) / "checkpoints", Path(folder) / "hf.partial")))
+    if free + held < needed:
+        there = f" and {gigabytes(held)} in its checkpoints" if held else ""
+        several = f"{checkpoints} resumable checkpoints; a smaller --keep needs less"
+        raise InputError(
+            f"--out {folder}: {gigabytes(free)} free{there}, expected {gigabytes(needed)} for the "
+            f"model and {several if checkpoints > 1 else 'one resumable checkpoint'}"
+        )
+
+
+def folder_bytes(folder):
+    """Bytes of all files in `folder`, 0 where there is no such folder.
+
+    A run that is still writing there may take some away meanwhile.
+    """
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.lstat(os.path.join(parent, name)).st_size
+    return size
+
+
+def gigabytes(size):
+    return f"{size / 1e9:,.{1 if size >= 1e10 else 3}f} GB"
+
+
+def explained(error, folder, needed=0, advice=""):
+    """The plain reason of an error of the disk or of torch.distributed.checkpoint, as an `OSError`.
+
+    The latter gathers its ranks' exceptions and shows their tracebacks; of a refused write its
+    writer often leaves nothing but `unexpected pos 704 vs 598`, and then the free space decides. A
+    full disk is told with what was `needed` (bytes), what is free, and the `advice`.
+    """
+    causes = [error]
+    for cause in causes:  # grows while it is read
+        inner = [exception for exception, _ in getattr(cause, "failures", {}).values()]
+        inner += [cause.__cause__, cause.__context__]
+        causes += [exception for exception in inner if exception and exception not in causes]
+    refusal = next((cause for cause in causes if isinstance(cause, OSError)), None)
+    free = shutil.disk_usage(folder).free
+    full = refusal.errno in (errno.ENOSPC, errno.EDQUOT) if refusal else free < needed
+    if full:
+        there = f"{gigabytes(needed)} needed, {gigabytes(free)} free"
+        return OSError(f"no space left in {folder}: {there}{advice}")
+    return refusal or OSError(one_line(causes[-1]))
