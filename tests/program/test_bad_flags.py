@@ -105,7 +105,7 @@ def test_any_flags_are_taken_or_refused():
     configs = [sft.SFTConfig, dpo.DPOConfig, GenerateConfig, EvalConfig, data.DataConfig]
     values = ["", "0", "1", "-1", "1e-45", "1e400", "nan", "-inf", "x", "1_000", "٣", " 1", "0x10",
               "9" * 30, "9" * 5000, "--", "-", "\udce9", "%s", "{}", "true", "\0"]  # fmt: skip
-    for _ in range(1000):
+    for _ in range(200):
         config_class, line = rng.choice(configs), []
         for field in rng.sample(dataclasses.fields(config_class), rng.choice([1, 1, 2])):
             flag, value = "--" + field.name.replace("_", "-"), rng.choice(values)
@@ -118,7 +118,7 @@ def test_any_flags_are_taken_or_refused():
         else:
             numbers = [v for v in dataclasses.astuple(config) if type(v) in (int, float)]
             assert all(abs(number) < 2**63 for number in numbers), line
-    assert 500 < refused < 1000  # some are fine
+    assert 100 < refused < 200  # some are fine
 
 
 # ---- Output folder
