@@ -84,7 +84,7 @@ def rope_theta(values, path):
             raise InputError(f"{path}: {field} is {found!r:.60}, expected an object or null")
     rope = values.get(name, {})
     for field in sorted(rope, key=lambda field: field not in ("rope_type", "type")):
-        implemented = {"rope_type": ["default"], "type": ["default"],
+        implemented = {"rope_type": ["default"], "type": ["default"], "factor": [1, None],
                        "partial_rotary_factor": [1, None]}.get(field, [None])  # fmt: skip
         if field != "rope_theta" and rope[field] not in implemented:
             raise InputError(
@@ -97,8 +97,9 @@ def rope_theta(values, path):
     return float(theta)
 
 
-# Where transformers 5 takes null for the field's default.
+# Where null is the default: for transformers 5, too, but for rope_theta (see `write_configs`).
 MAY_BE_NULL = {
+    "rope_theta",
     "num_key_value_heads",
     "head_dim",
     "attention_dropout",

@@ -235,5 +235,7 @@ def write_configs(tokenizer, source, folder):
     for name in ("_name_or_path", "dtype", "auto_map"):
         config.pop(name, None)
     config["torch_dtype"] = "bfloat16"
+    if config.get("rope_theta", 0) is None:  # means 10,000, but transformers 5 cannot compute it
+        config.pop("rope_theta")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps(special, indent=2))

@@ -94,7 +94,11 @@ def parse_args(config_class, argv=None):
         default = "" if field.default is None else f" (default: {field.default})"
         help = f"{comments[field.name]}{default}".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), help=help, **options)
-    return vars(parser.parse_args(argv))
+    flags = vars(parser.parse_args(argv))
+    for name, value in flags.items():
+        if value == []:  # argparse's reading of `--epochs=--`
+            refuse(f"--{name.replace('_', '-')}: expected a value")
+    return flags
 
 
 def check_flags(config):
@@ -113,7 +117,8 @@ def check_bounds(config):
         if name not in BOUNDS:
             continue
         low, high = BOUNDS[name]
-        if not low <= value <= high or value == math.inf or value == EXCLUDED.get(name):
+        too_large = value >= (1 << 63 if isinstance(value, int) else math.inf)  # int64, or inf
+        if not low <= value <= high or too_large or value == EXCLUDED.get(name):
             kind = "an integer" if isinstance(value, int) else "a number"
             expected = f"{kind} from {low} " + ("up" if high == math.inf else f"to {high}")
             if name in EXCLUDED:

@@ -89,7 +89,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
             "rope_scaling.type is 'linea",
         ),
         (change_config(rope_scaling=LINEAR), "rope_scaling.rope_type is 'linear', only 'default'"),
-        (change_config(rope_scaling={"factor": 2.0}), "rope_scaling.factor is 2.0, only None is"),
+        (change_config(rope_scaling={"factor": 2.0}), "rope_scaling.factor is 2.0, only 1 is im"),
         (
             change_config(rope_scaling={"rope_type": "default", "rope_theta": 1 << 70}),
             "rope_theta is 1180591620717411303424, expected a positive number",

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from checkpoint.config import config_from_dict
-from checkpoint.weights import find_tensors
+from checkpoint.weights import find_tensors, write_configs
 from model import Llama
 from program.errors import InputError
 
@@ -69,6 +70,8 @@ def assert_computed_alike(values):
 def test_what_is_taken_is_computed_as_transformers_does(changes, rope):
     """Of random configs: refused in one line, or taken by both and computed alike."""
     values = CONFIG | changes | rope
+    if values.get("rope_theta", 0) is None:  # read as absent, and so saved (see the next test)
+        values.pop("rope_theta")
     try:
         config_from_dict(copy.deepcopy(values))
     except InputError as error:
@@ -94,6 +97,16 @@ def test_what_is_taken_is_computed_as_transformers_does(changes, rope):
 def test_where_the_base_of_the_angles_stands(fields, theta):
     """At the top level, in rope_parameters, or in rope_scaling, which comes first."""
     assert assert_computed_alike(CONFIG | fields).rope_theta == theta
+
+
+def test_a_base_of_null_is_saved_as_absent(tmp_path):
+    """Read as 10,000; transformers 5 would stop at the null in the saved config."""
+    values = CONFIG | {"rope_theta": None}
+    assert config_from_dict(values).rope_theta == 10_000.0
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "out").mkdir()
+    write_configs(SimpleNamespace(bos_id=1, eos_id=2), tmp_path, tmp_path / "out")
+    assert_computed_alike(json.loads((tmp_path / "out" / "config.json").read_text()))
 
 
 # ---- Tied embeddings

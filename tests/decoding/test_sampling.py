@@ -33,6 +33,20 @@ def test_sampling_has_the_softmax_distribution(temperature, top_p):
         assert counts[token] / n == pytest.approx(p[token].item() / mass, abs=1.5 / n)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 5e-324, 1e-7, 1e300])
+def test_extreme_temperatures_are_no_error(temperature):
+    """So cold that a quotient would overflow: the likeliest. So hot that all are alike: the even
+    distribution, in which u = 0.9 picks one of the last tenth."""
+    logits = torch.tensor([[1.0, 3.0, 2.0, -1e4, 2.9999, 0.0, 0.1, 0.2, 0.3, 0.4]])
+    source = SimpleNamespace(random=SimpleNamespace(random=lambda: 0.95))
+    drawn = choose(logits, [source], Sampling(temperature=temperature)).item()
+    if temperature < 1:
+        assert drawn == 1
+    else:
+        p = torch.zeros(10).softmax(0)
+        assert drawn == p.topk(10)[1][9].item()
+
+
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_a_flat_row_beside_a_peaked_one_keeps_all_its_tokens(top_p):
     """Of 400 tokens, nearly equal, as many are drawn as have top_p together: over 256."""

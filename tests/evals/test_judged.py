@@ -254,6 +254,21 @@ def test_mt_bench_continues_with_the_second_turn(tmp_path, records, base):
     )  # fmt: skip
 
 
+def test_mt_bench_asks_both_turns_of_a_changed_question(tmp_path, records, tokenizer):
+    """A second turn belongs to the first answer that it saw; the other questions stay."""
+    records.task = "mt_bench"
+    generator = Scripted(tokenizer, lambda text: "one")
+    mt_bench.evaluate(generator, records, ask_questions(tmp_path), Options())
+    lines = [json.loads(line) for line in open(records.path, encoding="utf-8")]
+    changed = [{**QUESTIONS[0], "turns": ["Other.", QUESTIONS[0]["turns"][1]]}, *QUESTIONS[1:]]
+    resumed = Records(tmp_path / "again.jsonl", lines)
+    resumed.task = "mt_bench"
+    generator = Scripted(tokenizer, lambda text: "two")
+    mt_bench.evaluate(generator, resumed, ask_questions(tmp_path, changed), Options())
+    asked = [json.loads(line)["id"] for line in open(resumed.path, encoding="utf-8")]
+    assert asked == [f"{QUESTIONS[0]['question_id']}/{n}" for n in (1, 2)]
+
+
 def test_mt_bench_bad_input_is_named(tmp_path):
     """The error names the flag, or the file and line."""
     with pytest.raises(InputError, match="--no-chat"):

@@ -1,16 +1,21 @@
 """Flags and output folders that will not do: one line that names both, and nothing is written."""
 
+import dataclasses
 import json
+import random
 import shutil
 
 import pytest
 from safetensors.torch import load_file
 
 import data
+import dpo
 import sft
 from checkpoint import disk, run_folder
+from evaluate import EvalConfig
+from generate import GenerateConfig
 from program.errors import InputError
-from program.flags import parse_args, run_facts
+from program.flags import check_bounds, parse_args, run_facts
 from tokens.records import encode_conversation
 from training import setup
 
@@ -93,6 +98,28 @@ def test_bad_flag_of_data(base, conversations, line, expected):
     given = ["--model", str(base), "--data", str(conversations), *line.split()]
     with pytest.raises(InputError, match=expected):
         data.main(parse_args(data.DataConfig, given))
+
+
+def test_any_flags_are_taken_or_refused():
+    """Random values for random flags of every command: a config, or an `InputError`."""
+    rng, refused = random.Random(0), 0
+    configs = [sft.SFTConfig, dpo.DPOConfig, GenerateConfig, EvalConfig, data.DataConfig]
+    values = ["", "0", "1", "-1", "1e-45", "1e400", "nan", "-inf", "x", "1_000", "٣", " 1", "0x10",
+              "9" * 30, "9" * 5000, "--", "-", "\udce9", "%s", "{}", "true", "\0"]  # fmt: skip
+    for _ in range(200):
+        config_class, line = rng.choice(configs), []
+        for field in rng.sample(dataclasses.fields(config_class), rng.choice([1, 1, 2])):
+            flag, value = "--" + field.name.replace("_", "-"), rng.choice(values)
+            line += rng.choice([[flag, value], [f"{flag}={value}"], [flag], [f"--no-{flag[2:]}"]])
+        try:
+            config = config_class(**parse_args(config_class, line))
+            check_bounds(config)
+        except InputError as error:
+            refused += bool(str(error))
+        else:
+            numbers = [v for v in dataclasses.astuple(config) if type(v) in (int, float)]
+            assert all(abs(number) < 2**63 for number in numbers), line
+    assert 100 < refused < 200  # some are fine
 
 
 # ---- Output folder
