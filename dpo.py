@@ -184,7 +184,7 @@ def main(flags):
             print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
         sys.exit(128 + (signals or [15])[0])
 
-    save_hf(model, run.tokenizer, config.model, run.out)
+    save_hf(model, run.tokenizer, config.model, run.out, documents.lengths.max())
     if rank == 0:
         print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")
 

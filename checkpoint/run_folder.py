@@ -38,12 +38,36 @@ def check_output(folder, facts, model, save_every):
         )
 
 
+# Files that would override what is saved beside them, and those that saving would overwrite.
+OVERRIDING = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "adapter_config.json",
+)
+OVERWRITTEN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+
+
 def check_same_run(folder, facts):
     """Raise `InputError` if `folder` holds a finished run, a model, or a run with other facts."""
     log = folder / "metrics.jsonl"
-    # A run that was killed while its model moved in has weights there, but no config.json yet.
-    weights = () if log.exists() else ("model.safetensors", "model.safetensors.index.json")
-    for name in ("config.json", *weights):
+    for name in OVERRIDING:
+        if (folder / name).exists():
+            raise InputError(
+                f"--out {folder}: holds {name}, which the saved model's readers would use, "
+                "expected a new folder or an interrupted run's"
+            )
+    # A run that was killed while its model moved in has such files there, but no config.json yet.
+    for name in ("config.json", *(() if log.exists() else OVERWRITTEN)):
         if (folder / name).exists():
             raise InputError(
                 f"--out {folder}: holds a finished run or a model ({name}), expected a "
