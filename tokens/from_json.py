@@ -178,13 +178,14 @@ def sample_texts(pieces, ranks):
     """Texts to try an order of merges on: neighbours in the vocabulary, and what repeats itself."""
     step = 4 * (1 + len(pieces) // 8000)
     yield from ("".join(pieces[i : i + 4]) for i in range(0, len(pieces), step))
-    longest = {}  # by the period of the piece
+    longest = {}  # by the shortest period of the piece
     for left, right in ranks:
         # Where xy = yz, "xyz" can be merged in two ways; it repeats itself after len(x).
         piece = left + right
         if left != right and (right, piece[len(right) :]) in ranks and piece.startswith(right):
-            longest[left] = max(longest.get(left, 0), len(piece))
+            period = left[: (left + left).find(left, 1)]
+            longest[period] = max(longest.get(period, 0), len(piece))
     for period, length in longest.items():
-        text = period * (5 * length // len(period) + 1)
-        for size in range(length, 4 * length):
+        text = period * (3 * length)
+        for size in range(2, 3 * length):
             yield from (text[start : start + size] for start in range(len(period)))
