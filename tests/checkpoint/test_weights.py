@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -91,6 +92,21 @@ def test_what_an_older_or_newer_config_says_of_its_type_is_replaced(base, tmp_pa
     checkpoint.save_hf(sharded(source), Tokenizer(base), source, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written == config | {"torch_dtype": "bfloat16", "use_cache": True}
+
+
+def test_the_saved_context_is_as_long_as_what_was_trained(base, tmp_path):
+    """Both limits rise to the longest sequence, and neither ever falls."""
+    source, limits = Path(shutil.copytree(base, tmp_path / "base")), []
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 50}')
+    for longest in (276, 60, 40):
+        out = tmp_path / str(longest)
+        checkpoint.save_hf(sharded(source), Tokenizer(source), source, out, np.int64(longest))
+        saved = json.loads((out / "config.json").read_text())
+        tokens = json.loads((out / "tokenizer_config.json").read_text())
+        limits.append((saved["max_position_embeddings"], tokens["model_max_length"]))
+    assert limits == [(276, 276), (64, 60), (64, 50)]
 
 
 def test_tensors_begin_at_a_multiple_of_8_bytes(tmp_path):
