@@ -111,8 +111,8 @@ def test_llama_2s_tokenizer_json(real_data, tmp_path, order):
     folder = folder_with(tmp_path / "json", content, config | {"tokenizer_class": "LlamaTokenizer"})
     ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     template = AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template
-    lines = (real_data / "sft" / "code_alpaca_gsm8k.jsonl").read_text().splitlines()[::40]
-    spaces = turns(*("a" + " " * n + "b\n" + " " * n + "c" for n in range(1, 70)))
+    lines = (real_data / "sft" / "code_alpaca_gsm8k.jsonl").read_text().splitlines()[::100]
+    spaces = turns(*("a" + " " * n + "b\n" + " " * n + "c" for n in range(1, 40)))
     for messages in [*(json.loads(line)["messages"] for line in lines), spaces]:
         ids = ours.encode(messages)[0]
         chat = {"chat_template": template, "return_dict": False}
@@ -164,10 +164,7 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False, "prepend
         ({"pre_tokenizer": {"type": "ByteLevel"}}, 'pre_tokenizer is {"type": "ByteLevel"}'),
         ({"pre_tokenizer": METASPACE | {"split": True}}, "pre_tokenizer is"),
         ({"pre_tokenizer": METASPACE | {"prepend_scheme": "never"}}, "pre_tokenizer is"),
-        (
-            {"model__merges": lambda c: c["model"]["merges"][:-1]},
-            "model.merges and model.vocab dif",
-        ),
+        ({"model__merges": lambda c: c["model"]["merges"][1:]}, "model.merges and model.vocab"),
         ({"model__merges": lambda c: c["model"]["merges"] * 2}, "model.merges holds something"),
         ({"model__merges": ["a b c"]}, "model.merges holds something else"),
         ({"model__merges": [5]}, "tokenizer.json: TypeError"),
@@ -177,7 +174,7 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False, "prepend
         ({"model__vocab": {}}, "gives two pieces one id"),
         ({"model__vocab": []}, "tokenizer.json: "),
         ({"model__unk_token": "<none>"}, "'<none>' is not in list"),
-        ({"model": None}, "tokenizer.json: TypeError"),
+        ({"model": None}, "tokenizer.json: AttributeError"),
         ({"added_tokens": 7}, "tokenizer.json: TypeError"),
     ],
 )
@@ -191,9 +188,8 @@ def test_a_tokenizer_json_of_another_kind(content, tmp_path, fields, expected):
 
 
 def test_merges_in_an_order_that_sentencepiece_has_not(tmp_path):
-    """Of "aaaaa", SentencePiece merges the leftmost "aa" and "a"; a list may say "a" and "aa"."""
-    sentences = {"user_defined_symbols": []}
-    train_tokenizer(tmp_path / "model", vocab_size=340, **sentences)
+    """With "zz" and "zzz" of one rank, "zzzz" is "zzz" and "z"; a list may say "zz" and "zz"."""
+    train_tokenizer(tmp_path / "model", vocab_size=340)
     path = tmp_path / "model" / "tokenizer.model"
     extra = [field(1, field(1, "z" * n) + field(2, -9000.0 - n)) for n in (2, 3)]
     path.write_bytes(path.read_bytes() + b"".join(extra))
@@ -201,7 +197,7 @@ def test_merges_in_an_order_that_sentencepiece_has_not(tmp_path):
     merges = content["model"]["merges"]
     assert merges[-3:] == [["z", "z"], ["zz", "z"], ["z", "zz"]]
     Tokenizer(folder_with(tmp_path / "right", content))
-    merges[-2:] = merges[:-3:-1]
+    merges[-3:] = [["z", "zz"], ["z", "z"], ["zz", "z"]]
     with pytest.raises(InputError, match="split 'z+' in another way than SentencePiece"):
         Tokenizer(folder_with(tmp_path / "wrong", content))
 
