@@ -17,7 +17,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 def piece_types(model):
     """The type of each piece of a serialised SentencePiece model, in the order of the ids."""
-    return [dict(fields(value)).get(3, NORMAL) for number, value in fields(model) if number == 1]
+    pieces = [value for number, value in fields(model) if number == 1 and isinstance(value, bytes)]
+    kinds = [dict(fields(piece)).get(3) for piece in pieces]
+    return [kind if kind in range(1, 7) else NORMAL for kind in kinds]
 
 
 def piece_scores(sp):

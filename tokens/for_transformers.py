@@ -96,7 +96,7 @@ def added_tokens(tokenizer):
 
     Unknown, BOS and EOS are special; user-defined pieces are not.
     """
-    sp, types = tokenizer.sp, bpe.piece_types(tokenizer.model)
+    sp, types = tokenizer.sp, piece_types(tokenizer)
     special = {sp.unk_id(), tokenizer.bos_id, tokenizer.eos_id}
     return [
         {"id": i, "content": sp.id_to_piece(i), "special": i in special, "normalized": False}
@@ -106,9 +106,17 @@ def added_tokens(tokenizer):
     ]
 
 
+def piece_types(tokenizer):
+    """The type of each piece (see bpe.py)."""
+    try:
+        return bpe.piece_types(tokenizer.model)
+    except ValueError as error:
+        raise InputError(f"{tokenizer.path}: not a SentencePiece model ({error})") from None
+
+
 def ranked_merges(tokenizer):
     """The merges of tokenizer.json; raises `InputError` where no list of merges gives our ids."""
-    sp, types = tokenizer.sp, bpe.piece_types(tokenizer.model)
+    sp, types = tokenizer.sp, piece_types(tokenizer)
     for i, kind in enumerate(types):
         piece = sp.id_to_piece(i)
         if kind == bpe.UNUSED:

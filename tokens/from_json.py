@@ -45,6 +45,8 @@ def model_from_json(path, config):
 def check_steps(content):
     """Raise `ValueError` unless the steps before and around the merges are Llama's."""
     model = content["model"]
+    if content.get("version", "1.0") != "1.0":
+        raise ValueError(f"version is {content['version']!r}")
     for name, expected in (
         ("type", ("BPE", None)),
         ("byte_fallback", (True,)),
@@ -80,6 +82,9 @@ def pieces_by_id(content):
     if len(pieces) != len(content["model"]["vocab"]) or not pieces:
         raise ValueError("model.vocab gives two pieces one id")
     for token in content.get("added_tokens") or []:
+        flags = [token[name] for name in ("special", "lstrip", "rstrip", "single_word")]
+        if not all(isinstance(flag, bool) for flag in flags):
+            raise ValueError(f"added_tokens holds {token}")
         if token["id"] < max(pieces):
             pieces.setdefault(token["id"], token["content"])
     if set(pieces) != set(range(len(pieces))) or len(set(pieces.values())) != len(pieces):

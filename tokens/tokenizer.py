@@ -36,7 +36,8 @@ class Tokenizer:
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(self.model)
-        except RuntimeError as error:
+            self.sp.id_to_piece(list(range(self.sp.vocab_size())))
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.path}: not a SentencePiece model ({error})") from None
         self.legacy = bool(config.get("legacy"))
         self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()

@@ -110,12 +110,12 @@ def test_llama_2s_tokenizer_json(real_data, tmp_path, order):
         content["model"]["merges"].sort(key=lambda m: (vocab[m[0] + m[1]], len(m[0]), len(m[1])))
     folder = folder_with(tmp_path / "json", content, config | {"tokenizer_class": "LlamaTokenizer"})
     ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    template = AutoTokenizer.from_pretrained(tmp_path / "saved").chat_template
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
     lines = (real_data / "sft" / "code_alpaca_gsm8k.jsonl").read_text().splitlines()[::100]
     spaces = turns(*("a" + " " * n + "b\n" + " " * n + "c" for n in range(1, 40)))
     for messages in [*(json.loads(line)["messages"] for line in lines), spaces]:
         ids = ours.encode(messages)[0]
-        chat = {"chat_template": template, "return_dict": False}
+        chat = {"chat_template": saved["chat_template"], "return_dict": False}
         assert ids == theirs.apply_chat_template(messages, **chat)
         assert order == "by id" or ids == original.encode(messages)[0]
     assert (ours.encode(spaces) == original.encode(spaces)) == (order == "by score")
@@ -198,7 +198,7 @@ def test_merges_in_an_order_that_sentencepiece_has_not(tmp_path):
     assert merges[-3:] == [["z", "z"], ["zz", "z"], ["z", "zz"]]
     Tokenizer(folder_with(tmp_path / "right", content))
     merges[-3:] = [["z", "zz"], ["z", "z"], ["zz", "z"]]
-    with pytest.raises(InputError, match="split 'z+' in another way than SentencePiece"):
+    with pytest.raises(InputError, match="split '.*z+' in another way than SentencePiece"):
         Tokenizer(folder_with(tmp_path / "wrong", content))
 
 
@@ -239,14 +239,14 @@ def mutated(value, rng):
 
 
 def test_no_tokenizer_json_ends_in_a_traceback(content, tmp_path):
-    """Of 300 mutants (seeded) each is read or refused by an `InputError`."""
+    """Of 120 mutants (seeded) each is read or refused by an `InputError`."""
     rng, read = random.Random(0), 0
     folder = folder_with(tmp_path / "json", content, {"bos_token": "<s>"})
-    for _ in range(300):
+    for _ in range(120):
         (folder / "tokenizer.json").write_text(json.dumps(mutated(content, rng)))
         try:
             check_tokenizer(Tokenizer(folder), folder)
             read += 1
         except InputError:
             pass
-    assert 0 < read < 300
+    assert 0 < read < 120
