@@ -128,6 +128,12 @@ def ranked_merges(tokenizer):
                 f"another way {where}, expected none"
             )
     scores = {sp.id_to_piece(i): sp.get_score(i) for i, t in enumerate(types) if t == bpe.NORMAL}
+    # SentencePiece merges any characters; the tokenizers package, only those that are pieces.
+    if absent := set("".join(scores)) - scores.keys():
+        raise InputError(
+            f"{tokenizer.path}: character {min(absent)!r} stands in a piece and is none, expected "
+            "a piece for each character"
+        )
     try:
         return bpe.merges_in_order(scores)
     except ValueError as error:

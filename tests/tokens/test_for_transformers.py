@@ -170,6 +170,7 @@ def test_the_base_s_tokens_are_named(model, own_json, tmp_path):
         (piece("gz") + piece("zg"), {}, "of equal score compete"),
         (piece("zz", 0, bpe.USER_DEFINED), {"legacy": True}, "'zz' is user-defined, which tran"),
         (piece("▁zz", 0, bpe.USER_DEFINED), {}, "'▁zz' is user-defined, which transformers split"),
+        (piece("zß§"), {}, "character '§' stands in a piece and is none"),
         (piece("zz", 0, bpe.UNUSED), {}, "piece 'zz' is unused, expected none"),
     ],
 )
