@@ -39,6 +39,7 @@ from program.files import digest, hold, whole_lines, written_aside
 from program.flags import check_bounds, parse_args
 from program.hardware import environment
 from program.ranks import gather_lists, own_share, start
+from tokens.folder import tokenizer_file
 
 TASKS = (
     "mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "truthfulqa", "toxigen", "alpaca_eval",
@@ -149,7 +150,7 @@ def run_facts(config):
     """What decides the answers, to tell evaluations apart: the model's content, not its path."""
     folder = Path(config.model)
     context = config.context or read_config(folder).max_position_embeddings
-    paths = [*weight_files(folder), folder / "config.json", folder / "tokenizer.model"]
+    paths = [*weight_files(folder), folder / "config.json", tokenizer_file(folder)]
     digests = gather_lists([digest(folder / name) for name in own_share(p.name for p in paths)])
     names = ("full", "chat", "mmlu_shots", "seed", "dtype")
     facts = {name: getattr(config, name) for name in names}

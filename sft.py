@@ -133,7 +133,7 @@ def main(flags):
             print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
         sys.exit(128 + gather_lists(signals)[0])
 
-    save_hf(model, run.tokenizer, config.model, run.out)
+    save_hf(model, run.tokenizer, config.model, run.out, documents.lengths.max())
     finish_run(run, config)
 
 

@@ -34,6 +34,25 @@ def check_output(folder, facts, model, checkpoints=1):
     check_space(folder, model, checkpoints)
 
 
+# Files that would override what is saved beside them, and those that saving would overwrite.
+OVERRIDING = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "adapter_config.json",
+)
+OVERWRITTEN = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+
+
 def check_same_run(folder, facts):
     """Raise `InputError` if `folder` holds a finished run, a model, or a run with other facts.
 
@@ -41,9 +60,14 @@ def check_same_run(folder, facts):
     taken to be the log's.
     """
     log = folder / "metrics.jsonl"
-    # A run that was killed while its model moved in has weights there, but no config.json yet.
-    weights = () if log.exists() else ("model.safetensors", "model.safetensors.index.json")
-    for name in ("config.json", *weights):
+    for name in OVERRIDING:
+        if (folder / name).exists():
+            raise InputError(
+                f"--out {folder}: holds {name}, which the saved model's readers would use, "
+                "expected a new folder or an interrupted run's"
+            )
+    # A run that was killed while its model moved in has such files there, but no config.json yet.
+    for name in ("config.json", *(() if log.exists() else OVERWRITTEN)):
         if (folder / name).exists():
             raise InputError(
                 f"--out {folder}: holds a finished run or a model ({name}), expected a "
@@ -64,19 +88,19 @@ def check_same_run(folder, facts):
 def lock_output(folder, patience=15):
     """Make `folder` and lock out other runs until this process ends. Returns the lock.
 
-    patience: seconds to wait for a run that was just killed. The lock is a file, `.lock`, because a
-    folder's own lock is refused by some file systems and is not seen by other machines on NFS;
-    `unlock_output` removes it. The folder is locked as well, as it was before there was the file.
-    Closing the lock gives both free.
+    patience: seconds to wait for a run that was just killed. The lock is the folder's own; but NFS
+    locks only what is open for writing, and there it is a file in it, `.lock`, which `unlock_output`
+    removes. Closing the lock lets others in.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = contextlib.ExitStack()
     handle = os.open(folder, os.O_RDONLY)
     lock.callback(os.close, handle)
     try:
-        with contextlib.suppress(OSError):
+        try:
             hold(handle, folder, patience)
-        lock.enter_context(hold_file(Path(folder) / ".lock", folder, patience))
+        except OSError:
+            lock.enter_context(hold_file(Path(folder) / ".lock", folder, patience))
     except InputError:
         lock.close()
         raise

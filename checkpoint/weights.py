@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
+from checkpoint.config import read_config
 from checkpoint.disk import explained, model_bytes
 from checkpoint.resume import saved_runs
 from program.errors import InputError
@@ -90,7 +91,10 @@ def weight_files(folder):
     if single.is_file():
         return [single]
     if not index.is_file():
-        converted = ", only pytorch_model*.bin: convert it with transformers' save_pretrained"
+        converted = (
+            ", only pytorch_model*.bin: load the model with transformers, write it with "
+            "save_pretrained to a new folder, and copy tokenizer.model there"
+        )
         has_bin = any(folder.glob("pytorch_model*.bin"))
         raise InputError(f"{folder}: no model.safetensors{converted if has_bin else ''}")
     try:
@@ -140,10 +144,11 @@ def local_rows(tensor):
     return tensor.to_local(), min(chunk * tensor.device_mesh.get_local_rank(), tensor.shape[0])
 
 
-def save_hf(model, tokenizer, source, folder):
+def save_hf(model, tokenizer, source, folder, longest=0):
     """Write the model as an HF folder in bf16. Every rank calls it; rank 0 writes.
 
-    source: the HF folder that training started from, whose config.json is carried over. The ranks
+    source: the HF folder that training started from, whose config.json is carried over. longest:
+    the tokens of the longest sequence trained, which the saved model then takes. The ranks
     broadcast their rows in turn, one tensor after the other, so memory holds one block of rows.
     Raises `RunError` on all ranks if the disk refuses.
     """
@@ -156,8 +161,8 @@ def save_hf(model, tokenizer, source, folder):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             write_tensors(shapes, blocks, partial)
-            save_tokenizer(tokenizer, source, partial)
-            write_configs(tokenizer, Path(source), partial)
+            save_tokenizer(tokenizer, source, partial, longest)
+            write_configs(tokenizer, Path(source), partial, longest)
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, Path(folder) / path.name)
             partial.rmdir()
@@ -227,11 +232,16 @@ def blocks_bf16(parameter):
         yield block
 
 
-def write_configs(tokenizer, source, folder):
-    """config.json (the base's, in bf16) and generation_config.json (stop at EOS)."""
+def write_configs(tokenizer, source, folder, longest=0):
+    """config.json (the base's, in bf16) and generation_config.json (stop at EOS).
+
+    longest: max_position_embeddings is at least so many tokens.
+    """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config |= special | {"architectures": ["LlamaForCausalLM"], "use_cache": True}
+    if longest > read_config(source).max_position_embeddings:
+        config["max_position_embeddings"] = int(longest)
     for name in ("_name_or_path", "dtype", "auto_map"):
         config.pop(name, None)
     config["torch_dtype"] = "bfloat16"

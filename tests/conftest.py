@@ -1,11 +1,16 @@
 """What the tests share: a tiny tokenizer, base model and conversations, made on the spot; the real
 data, where it is there; and what a machine without a GPU needs."""
 
+import os
+
+# Two test processes on two cores: one thread in each, and in what they start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from program import threads  # noqa: F401, before torch
 
 # isort: split
 import json
-import os
 import random
 import shutil
 import signal

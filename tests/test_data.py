@@ -407,7 +407,7 @@ def test_what_data_py_says_of_rows_and_turns(base, conversations, capsys):
     batches = [documents.lengths[update_members(24, 4, 42, step)[1], 0] for step in range(6)]
     useful = total / sum(4 * max(batch) for batch in batches)
     assert f"(padded to the longest of 4: {useful:.0%} useful)" in shown
-    assert "6 updates of 4 conversations, 6 an epoch\n" in shown
+    assert "3 updates of 8 conversations, 3 an epoch\n" in shown
     assert f"{conversations}:1 (id made-up-0), {documents.lengths[0, 0]} tokens:\n<s> " in shown
     assert f"{conversations}:2" not in shown
 

@@ -4,11 +4,12 @@ They are written beside every model that training saves; training itself never r
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from program.errors import InputError
-from tokens.tokenizer import piece_scores, tokenizer_config
+from program.files import read_object
+from tokens import bpe
+from tokens.folder import named_tokens, token_text, tokenizer_config
 
 # The chat format of tokenizer.py for transformers and vLLM. `{space}` is one space unless the
 # tokenizer is `legacy`: without it, a literal BOS removes the "▁" before the first word.
@@ -24,73 +25,130 @@ CHAT_TEMPLATE = (
 )
 
 
-def save_tokenizer(tokenizer, source, folder):
+# Of the base's tokenizer_config.json, what changes no id.
+KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
+
+
+def check_tokenizer(tokenizer, source):
+    """The base's tokens that are plain text here, after a check that our ids can be served.
+
+    source: the folder that `tokenizer` was read from. Raises `InputError` where no tokenizer.json
+    gives the ids of the SentencePiece model, or the base's says that the vocabulary is larger.
+    """
+    pieces = tokenizer_json(tokenizer)["model"]["vocab"]
+    named, path = named_tokens(source), Path(source) / "tokenizer.json"
+    if path.is_file() and path != tokenizer.path:
+        check_same_vocabulary(pieces, path, named)
+    special = [token["content"] for token in added_tokens(tokenizer)]
+    return [text for text in named if text not in special]
+
+
+def check_same_vocabulary(pieces, path, named):
+    """Raise `InputError` unless the base's tokenizer.json gives the same ids to the same pieces."""
+    model = read_object(path).get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocabulary, dict) or not isinstance(model.get("merges"), list):
+        raise InputError(f"{path}: not a BPE tokenizer, expected model.vocab and model.merges")
+    others = {piece: i for piece, i in vocabulary.items() if pieces.get(piece) != i}
+    unknown = [piece for piece in others if piece in pieces or piece not in named]
+    if unknown:
+        raise InputError(
+            f"{path}: {len(unknown):,} pieces, {unknown[0]!r} for one (id {others[unknown[0]]}), "
+            "are not in tokenizer.model or have another id there, expected the same vocabulary"
+        )
+
+
+def save_tokenizer(tokenizer, source, folder, longest=0):
     """Write tokenizer.model, tokenizer.json, and tokenizer_config.json with the chat template.
 
-    source: the folder that `tokenizer` was read from; other settings in its config are kept.
+    source: the folder that `tokenizer` was read from. Of its tokenizer_config.json only `KEPT` and
+    a pad token that is BOS, EOS or unknown are kept: any other token would be one id in a text that
+    was trained as several. longest: model_max_length is at least so many tokens.
     """
-    source, folder = Path(source), Path(folder)
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    folder, base, sp = Path(folder), tokenizer_config(source), tokenizer.sp
+    config = {name: base[name] for name in KEPT if name in base}
+    if isinstance(config.get("model_max_length"), int | float):
+        config["model_max_length"] = max(config["model_max_length"], int(longest))
     special = {
-        "bos_token": tokenizer.sp.id_to_piece(tokenizer.bos_id),
-        "eos_token": tokenizer.sp.id_to_piece(tokenizer.eos_id),
-        "unk_token": tokenizer.sp.id_to_piece(tokenizer.sp.unk_id()),
+        "bos_token": sp.id_to_piece(tokenizer.bos_id),
+        "eos_token": sp.id_to_piece(tokenizer.eos_id),
+        "unk_token": sp.id_to_piece(sp.unk_id()),
     }
-    config = tokenizer_config(source) | special
-    config |= {
-        # This class keeps SentencePiece's ids; Code Llama's own adds tokens for infilling.
+    if (pad := token_text(base.get("pad_token"))) in special.values():
+        special["pad_token"] = pad
+    config |= special | {
+        # This class keeps SentencePiece's ids; Code Llama's own adds tokens for infilling. It puts
+        # "▁" before a text by itself; told to, transformers 4 would ask for protobuf.
         "tokenizer_class": "LlamaTokenizer",
         "legacy": tokenizer.legacy,
         "add_bos_token": True,
         "add_eos_token": False,
-        "add_prefix_space": True,
         "chat_template": CHAT_TEMPLATE.replace("{space}", "" if tokenizer.legacy else " "),
     }
-    config.pop("auto_map", None)
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "tokenizer.json").write_text(
-        json.dumps(fast_tokenizer(tokenizer, source / "tokenizer.json"), ensure_ascii=False),
-        encoding="utf-8",
-    )
+    content = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
 
-def fast_tokenizer(tokenizer, path):
-    """The content of tokenizer.json: the base's, with its merges in order, or a new one.
+def added_tokens(tokenizer):
+    """`added_tokens` of tokenizer.json: what is found in a text before anything is merged.
 
-    path: the base's, which may be absent; raises `InputError` where it is of another kind.
+    Unknown, BOS and EOS are special; user-defined pieces are not.
     """
-    scores = piece_scores(tokenizer.sp)
-    splits = [
-        [piece[:cut], piece[cut:]]
-        for piece in scores
-        for cut in range(1, len(piece))
-        if piece[:cut] in scores and piece[cut:] in scores
+    sp, types = tokenizer.sp, piece_types(tokenizer)
+    special = {sp.unk_id(), tokenizer.bos_id, tokenizer.eos_id}
+    return [
+        {"id": i, "content": sp.id_to_piece(i), "special": i in special, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for i, kind in enumerate(types)
+        if i in special or kind == bpe.USER_DEFINED
     ]
-    merges = sorted(splits, key=lambda pair: merge_rank(pair, scores))
-    if path.is_file():
-        return base_tokenizer_json(path, scores, merges)
-    return new_tokenizer_json(tokenizer, merges)
 
 
-def base_tokenizer_json(path, scores, merges):
-    """The base's tokenizer.json, with `merges` in place of its own where theirs are out of order.
-
-    Only the scores have to be in order. Llama 2's own file ranks the splits of one piece in another
-    order than `merge_rank`, which changes no id; transformers 5 ranks by id, which does.
-    """
+def piece_types(tokenizer):
+    """The type of each piece (see bpe.py)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        given = [m.split(" ") if isinstance(m, str) else m for m in content["model"]["merges"]]
-        ranks = [merge_rank(pair, scores)[0] for pair in given]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a BPE tokenizer of Llama's kind ({error!r})") from None
-    if ranks != sorted(ranks) or len(given) != len(merges):
-        content["model"]["merges"] = merges
-    return content
+        return bpe.piece_types(tokenizer.model)
+    except ValueError as error:
+        raise InputError(f"{tokenizer.path}: not a SentencePiece model ({error})") from None
 
 
-def new_tokenizer_json(tokenizer, merges):
-    """A tokenizer.json made from tokenizer.model: its pieces, and the steps of SentencePiece."""
+def ranked_merges(tokenizer):
+    """The merges of tokenizer.json; raises `InputError` where no list of merges gives our ids."""
+    sp, types = tokenizer.sp, piece_types(tokenizer)
+    for i, kind in enumerate(types):
+        piece = sp.id_to_piece(i)
+        if kind == bpe.UNUSED:
+            raise InputError(f"{tokenizer.path}: piece {piece!r} is unused, expected none")
+        if kind == bpe.USER_DEFINED and (tokenizer.legacy or set(piece) & {" ", "▁"}):
+            where = "with legacy" if tokenizer.legacy else "with a space"
+            raise InputError(
+                f"{tokenizer.path}: piece {piece!r} is user-defined, which transformers splits in "
+                f"another way {where}, expected none"
+            )
+    scores = {sp.id_to_piece(i): sp.get_score(i) for i, t in enumerate(types) if t == bpe.NORMAL}
+    # SentencePiece merges any characters; the tokenizers package, only those that are pieces.
+    if absent := set("".join(scores)) - scores.keys():
+        raise InputError(
+            f"{tokenizer.path}: character {min(absent)!r} stands in a piece and is none, expected "
+            "a piece for each character"
+        )
+    try:
+        return bpe.merges_in_order(scores)
+    except ValueError as error:
+        raise InputError(
+            f"{tokenizer.path}: {error} compete: which is merged first depends on the text, and "
+            "transformers would split it in another way; expected different scores"
+        ) from None
+
+
+def tokenizer_json(tokenizer):
+    """The content of tokenizer.json: the SentencePiece model's pieces, and its steps.
+
+    It is always made anew: a base's own file, though good for transformers, gives other ids in the
+    tokenizers package alone, or makes tokens of texts.
+    """
     sp, bos = tokenizer.sp, tokenizer.sp.id_to_piece(tokenizer.bos_id)
     # Spaces become "▁". Under `legacy` every segment between special tokens gets one in front,
     # otherwise only the first.
@@ -104,11 +162,7 @@ def new_tokenizer_json(tokenizer, merges):
     second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
     return {
         "version": "1.0",
-        "added_tokens": [
-            {"id": i, "content": sp.id_to_piece(i), "special": True, "normalized": False}
-            | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-            for i in sorted({sp.unk_id(), tokenizer.bos_id, tokenizer.eos_id})
-        ],
+        "added_tokens": added_tokens(tokenizer),
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": {
@@ -132,15 +186,6 @@ def new_tokenizer_json(tokenizer, merges):
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {sp.id_to_piece(i): i for i in range(sp.vocab_size())},
-            "merges": merges,
+            "merges": ranked_merges(tokenizer),
         },
     }
-
-
-def merge_rank(pair, scores):
-    """Sort key of a merge: SentencePiece merges the pair whose piece has the best score.
-
-    Runs of spaces tie. SentencePiece then merges the leftmost pair, so the left part grows first.
-    """
-    left, right = pair
-    return -scores.get(left + right, -float("inf")), -len(left), -len(right)

@@ -122,7 +122,9 @@ def whole_side(record, name):
     prompt = one_or_more(prompt, "user", "prompt")
     # UltraFeedback repeats the user's first message in `prompt`; a system message may precede it.
     first = int(side[0]["role"] == "system" != prompt[0]["role"])
-    if texts(side[first:-1][: len(prompt)]) == texts(prompt):
+    # It may also be the end of what is answered, as the last question of a longer conversation.
+    asked, prompts = side[first:-1], len(prompt)
+    if texts(prompt) in (texts(asked[:prompts]), texts(asked[-prompts:])):
         return side
     if side[0]["role"] == "assistant" != prompt[-1]["role"]:
         refuse_unread(record)

@@ -63,7 +63,7 @@ def cache_key(path, model_folder, encode_record):
     """SHA-256 of all that decides the tokens: data, tokenizer, its `legacy`, and the encoding."""
     tokenizer = loaded_tokenizer(str(model_folder))
     sha = hashlib.sha256(f"{FORMAT} {encode_record.__name__} {tokenizer.legacy}".encode())
-    sha.update(tokenizer.path.read_bytes())
+    sha.update(tokenizer.model)
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             sha.update(block)

@@ -11,12 +11,12 @@ finetune.py; EasyLM data.py):
 transformers and vLLM: tests/tokens/test_tokenizer.py checks that both give the same ids.
 """
 
-from pathlib import Path
-
 import sentencepiece
 
 from program.errors import InputError
-from program.files import read_object
+from tokens.bpe import piece_scores
+from tokens.folder import pad_token_id, tokenizer_config, tokenizer_file
+from tokens.from_json import model_from_json
 
 ROLES = ("system", "user", "assistant")
 
@@ -24,19 +24,22 @@ ROLES = ("system", "user", "assistant")
 class Tokenizer:
     """Llama's SentencePiece model with the Tulu chat format around it.
 
-    `folder` holds `tokenizer.model` and, if there is one, `tokenizer_config.json`, whose `legacy`
-    decides whether "▁" follows EOS. Raises `InputError` for a tokenizer of another kind.
+    `folder` holds `tokenizer.model`, or a `tokenizer.json` of which one is made, and, if there is
+    one, `tokenizer_config.json`, whose `legacy` decides whether "▁" follows EOS. `model` is the
+    serialised SentencePiece model. Raises `InputError` for a tokenizer of another kind.
     """
 
     def __init__(self, folder):
-        self.path = Path(folder) / "tokenizer.model"
-        if not self.path.is_file():
-            raise InputError(f"{self.path}: no such file, expected Llama's SentencePiece model")
+        self.path, config = tokenizer_file(folder), tokenizer_config(folder)
+        is_json = self.path.suffix == ".json"
+        self.model = model_from_json(self.path, config) if is_json else self.path.read_bytes()
+        self.sp = sentencepiece.SentencePieceProcessor()
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except (RuntimeError, OSError) as error:
+            self.sp.LoadFromSerializedProto(self.model)
+            self.sp.id_to_piece(list(range(self.sp.vocab_size())))
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise InputError(f"{self.path}: not a SentencePiece model ({error})") from None
-        self.legacy = bool(tokenizer_config(folder).get("legacy"))
+        self.legacy = bool(config.get("legacy"))
         self.bos_id, self.eos_id = self.sp.bos_id(), self.sp.eos_id()
         self.vocab_size = self.sp.vocab_size()
         self.line_feed = self.sp.piece_to_id("<0x0A>")
@@ -63,6 +66,12 @@ class Tokenizer:
 
     def check_fits(self, rows):
         """Raise `InputError` where a token id would have no row in a model's embedding."""
+        pad = pad_token_id(self.path.parent)
+        if pad is not None and not -rows <= pad < rows:
+            raise InputError(
+                f"{self.path.parent}/config.json: pad_token_id is {pad}, expected one of the "
+                f"{rows} rows of the model's embedding (vocab_size)"
+            )
         if self.vocab_size > rows:
             raise InputError(
                 f"{self.path}: {self.vocab_size} pieces, expected at most the {rows} rows of the "
@@ -163,18 +172,3 @@ def length_of_lines(ids, lines, line_feed):
     for _ in range(lines):
         end = ids.index(line_feed, end) + 1
     return end
-
-
-def tokenizer_config(folder):
-    """`tokenizer_config.json` as a dict; empty where there is none."""
-    path = Path(folder) / "tokenizer_config.json"
-    return read_object(path) if path.is_file() else {}
-
-
-def piece_scores(sp):
-    """The score of each piece that merging can make."""
-    return {
-        sp.id_to_piece(i): sp.get_score(i)
-        for i in range(sp.vocab_size())
-        if not (sp.is_byte(i) or sp.is_control(i) or sp.is_unknown(i))
-    }

@@ -18,7 +18,7 @@ from model import Llama
 from program.errors import InputError
 from program.flags import check_flags, run_facts
 from program.hardware import environment
-from tokens.for_transformers import fast_tokenizer
+from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 
 
@@ -48,7 +48,7 @@ def open_run(config, encode_record, pairs=False):
     model_config = read_config(config.model)
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
-    fast_tokenizer(tokenizer, Path(config.model) / "tokenizer.json")  # it is needed at the end
+    as_text = check_tokenizer(tokenizer, config.model)
     with torch.device("meta"):
         model = Llama(model_config)
     find_tensors(model, config.model)
@@ -75,6 +75,7 @@ def open_run(config, encode_record, pairs=False):
             unlock_output(out, lock)
             raise
         print(documents.summary())
+        print_changes(documents.lengths.max(), model_config.max_position_embeddings, as_text)
         if len(documents) < config.batch_size:
             print(
                 f"warning: {amount(len(documents), documents.kind)} "
@@ -83,6 +84,21 @@ def open_run(config, encode_record, pairs=False):
                 file=sys.stderr,
             )
     return Run(out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock)
+
+
+def print_changes(longest, positions, as_text):
+    """Say where the model that is saved at the end will differ from the base, not in its weights.
+
+    as_text: the texts that are tokens of the base's, and not of ours.
+    """
+    if longest > positions:
+        print(
+            f"the longest sequence has {longest:,} tokens, the base's max_position_embeddings is "
+            f"{positions:,}; the saved model's will be {longest:,}"
+        )
+    if as_text:
+        listed = ", ".join(as_text[:5]) + (f" and {len(as_text) - 5} more" * (len(as_text) > 5))
+        print(f"tokens of the base, plain text here and in the saved tokenizer: {listed}")
 
 
 def start_log(run, config, first, device):

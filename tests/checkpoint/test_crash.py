@@ -47,7 +47,7 @@ def flags(base, conversations, tmp_path):
 
 def test_killed_again_and_again(flags, uninterrupted):
     """Killed at every stage of saving, each time further on: the end is the same, bit for bit."""
-    flags |= {"save_every": 2}
+    flags |= {"save_every": 2, "keep_checkpoints": True}
     for calls, at in (
         ([REPLACE], 1),  # before the log is there
         ([LOG], 2),  # before there is a checkpoint

@@ -5,8 +5,9 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpoint import resume
@@ -93,6 +94,21 @@ def test_what_an_older_or_newer_config_says_of_its_type_is_replaced(base, tmp_pa
     assert written == config | {"torch_dtype": "bfloat16", "use_cache": True}
 
 
+def test_the_saved_context_is_as_long_as_what_was_trained(base, tmp_path):
+    """Both limits rise to the longest sequence, and neither ever falls."""
+    source, limits = Path(shutil.copytree(base, tmp_path / "base")), []
+    config = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 64}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer_config.json").write_text('{"model_max_length": 50}')
+    for longest in (276, 60, 40):
+        out = tmp_path / str(longest)
+        checkpoint.save_hf(sharded(source), Tokenizer(source), source, out, np.int64(longest))
+        saved = json.loads((out / "config.json").read_text())
+        tokens = json.loads((out / "tokenizer_config.json").read_text())
+        limits.append((saved["max_position_embeddings"], tokens["model_max_length"]))
+    assert limits == [(276, 276), (64, 60), (64, 50)]
+
+
 def test_tensors_begin_at_a_multiple_of_8_bytes(tmp_path):
     """For readers that map the file: whatever the length of the header (here, of a name in it)."""
     lengths = set()
@@ -161,6 +177,9 @@ def test_tied_embeddings_are_one_tensor(base, tmp_path):
     shutil.copytree(base, tied)
     config = json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tied / "config.json").write_text(json.dumps(config))
+    weights = load_file(tied / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tied / "model.safetensors", metadata={"format": "pt"})
     model = sharded(tied)  # the head is still in the file
     checkpoint.save_hf(model, Tokenizer(base), tied, tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")

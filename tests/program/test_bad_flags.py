@@ -135,6 +135,10 @@ def test_output_folder_that_will_not_do(refused, base, tmp_path, monkeypatch):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").write_text("")
     assert "a model (model.safetensors)" in refused(out=str(tmp_path / "weights"))
+    for name in ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json"):
+        (tmp_path / name / name).mkdir(parents=True)
+        expected = f"holds {name}, which the saved model's readers would use, expected a new folder"
+        assert expected in refused(out=str(tmp_path / name))
 
     monkeypatch.setattr(run_folder.os, "access", lambda *_: False)
     assert f"{tmp_path} cannot be written" in refused()

@@ -38,7 +38,7 @@ USER = [{"role": "user", "content": "one"}]
         ("x.jsonl", records(GOOD, GOOD).encode() + b'{"messages": [\n', "x.jsonl:3: not JSON"),
         ("x.jsonl", records(GOOD).encode() + b'\n\n{"a": "\xff"}\n', "x.jsonl:4: not UTF-8 (byte"),
         ("x.jsonl", "\ufeff{}".encode("utf-16"), "x.jsonl:1: not UTF-8 (byte 0xff at 0)"),
-        ("x.jsonl", gzip.compress(b"{}"), "x.jsonl:1: not UTF-8"),
+        ("x.jsonl", gzip.compress(b"{}", mtime=0), "x.jsonl:1: not UTF-8"),
         ("x.jsonl", bytes(range(256)) * 9, "x.jsonl:1: not"),
         ("x.jsonl", b"\0" * 5000, "x.jsonl:1: not JSON"),
         ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not JSON"),
@@ -79,7 +79,7 @@ USER = [{"role": "user", "content": "one"}]
         ("x.jsonl.gz", records(GOOD).encode(), "x.jsonl.gz:1: not a whole gzip file"),
         (
             "x.jsonl.gz",
-            gzip.compress(records(*[GOOD] * 99).encode())[:-20],
+            gzip.compress(records(*[GOOD] * 99).encode(), mtime=0)[:-20],
             "not a whole gzip file",
         ),
         ("x.json", b'{"messages": []}', "x.json:1: messages is [], expected a list"),

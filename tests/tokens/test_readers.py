@@ -17,7 +17,7 @@ LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
     "name, content",
     [
         ("a.jsonl", LINES.encode()),
-        ("a.jsonl.gz", gzip.compress(LINES.encode())),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("a.json", json.dumps(RECORDS, ensure_ascii=False).encode()),
         ("a.json", b"\xef\xbb\xbf \n" + json.dumps(RECORDS, indent=1).encode() + b"\n\n"),
         ("a.json", LINES.encode()),
