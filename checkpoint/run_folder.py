@@ -88,9 +88,9 @@ def check_same_run(folder, facts):
 def lock_output(folder, patience=15):
     """Make `folder` and lock out other runs until this process ends. Returns the lock.
 
-    patience: seconds to wait for a run that was just killed. The lock is the folder's own; but NFS
-    locks only what is open for writing, and there it is a file in it, `.lock`, which `unlock_output`
-    removes. Closing the lock lets others in.
+    patience: seconds to wait for a run that was just killed. The lock is the folder's own. But NFS
+    locks only what is open for writing: there it is a file in the folder, `.lock`, and
+    `unlock_output` removes it. Closing the lock lets others in.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = contextlib.ExitStack()
