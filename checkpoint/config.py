@@ -7,6 +7,8 @@ LLaMA 2 it would get silently wrong.
 import math
 from pathlib import Path
 
+import torch
+
 from model import LlamaConfig
 from program.errors import InputError
 from program.files import read_object
@@ -22,7 +24,13 @@ def read_config(folder):
         raise InputError(f"{folder}: no such folder, expected a Hugging Face Llama checkpoint")
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected a Hugging Face Llama checkpoint")
-    return config_from_dict(read_object(path), path)
+    config = config_from_dict(read_object(path), path)
+    if torch.cuda.is_available() and (config.head_dim % 16 or config.head_dim > 128):
+        raise InputError(
+            f"{path}: head_dim is {config.head_dim}, expected a multiple of 16 up to 128, which is "
+            "what the attention kernel takes on a GPU"
+        )
+    return config
 
 
 def config_from_dict(values, path="config.json"):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from checkpoint.config import config_from_dict
+from checkpoint.config import config_from_dict, read_config
 from checkpoint.weights import find_tensors, write_configs
 from model import Llama
 from program.errors import InputError
@@ -151,6 +151,22 @@ def test_a_head_of_its_own_is_not_tied_in_silence(base, tmp_path, row):
 
 
 # ---- Broken files
+
+
+@pytest.mark.parametrize("head_dim, taken", [(16, True), (128, True), (40, False), (256, False)])
+def test_head_sizes_that_the_kernel_takes_not_are_refused_on_a_gpu(
+    head_dim, taken, base, tmp_path, monkeypatch
+):
+    """In one line before anything is loaded; on CPU every even size is right."""
+    values = json.loads((base / "config.json").read_text()) | {"head_dim": head_dim}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).head_dim == head_dim
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if taken:
+        assert read_config(tmp_path).head_dim == head_dim
+    else:
+        with pytest.raises(InputError, match=f"head_dim is {head_dim}, expected a multiple of 16"):
+            read_config(tmp_path)
 
 
 def test_broken_headers_and_indices_are_refused(base, tmp_path):
