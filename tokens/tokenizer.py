@@ -7,8 +7,9 @@ finetune.py; EasyLM data.py):
                                             ^^^^^
 
 `<s>` and `</s>` are put in as ids; role tags are plain text. For another chat format, change
-`Tokenizer._encode` here, for our programs, and `CHAT_TEMPLATE` in for_transformers.py, for
-transformers and vLLM: tests/tokens/test_tokenizer.py checks that both give the same ids.
+`Tokenizer._encode` here, for our programs; `CHAT_TEMPLATE` in for_transformers.py, for
+transformers and vLLM (tests/tokens/test_tokenizer.py checks that both give the same ids); and
+`prompt_ids` in evals/harness.py. A prompt has to end in a line feed, which never merges.
 """
 
 import sentencepiece
