@@ -3,7 +3,7 @@ data, where it is there; and what a machine without a GPU needs."""
 
 import os
 
-# Two test processes on two cores: one thread in each, and in what they start.
+# Several test processes share the cores: one thread in each, and in what they start.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

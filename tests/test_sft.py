@@ -77,11 +77,10 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, conver
 
 def test_rows_and_ranks_change_nothing_but_rounding(base, conversations, tmp_path):
     """One row or many, one rank or four (some of them idle): the same losses and norms."""
-    flags = ["--model", base, "--data", conversations, "--batch-size", 6, "--max-steps", 3]
-    flags += ["--lr", 1e-3, "--out"]
-    run_program("sft.py", *flags, tmp_path / "one", "--micro-tokens", 16384)
-    run_program("sft.py", *flags, tmp_path / "many", "--micro-tokens", 1400)
-    run_program("sft.py", *flags, tmp_path / "ranks", "--micro-tokens", 1500, ranks=4)
+    flags = {"model": str(base), "data": [str(conversations)], "batch_size": 6, "max_steps": 3}
+    for name, micro_tokens, ranks in (("one", 16384, 1), ("many", 1400, 1), ("ranks", 1500, 4)):
+        out = {"out": str(tmp_path / name), "micro_tokens": micro_tokens}
+        assert harmed(flags | {"lr": 1e-3} | out, ranks=ranks) == 0
     one = updates(tmp_path / "one")
     for other in (updates(tmp_path / "many"), updates(tmp_path / "ranks")):
         for a, b in zip(one, other, strict=True):
