@@ -43,7 +43,7 @@ EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}  # bounds th
 
 # Flags that say how a run is carried out: it may be continued with other values. (The model is
 # compared by its real path, the data by their content.)
-HOW_NOT_WHAT = {
+MAY_CHANGE_ON_RESUME = {
     "model",
     "data",
     "out",
@@ -137,5 +137,5 @@ def resolve(config, device):
 def run_facts(config):
     """The flags that decide what a run computes: what tells it from another run."""
     facts = dataclasses.asdict(config)
-    facts = {name: value for name, value in facts.items() if name not in HOW_NOT_WHAT}
+    facts = {name: value for name, value in facts.items() if name not in MAY_CHANGE_ON_RESUME}
     return {"program": type(config).__name__, "model": os.path.realpath(config.model), **facts}

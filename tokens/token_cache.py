@@ -56,7 +56,10 @@ def token_cache(path, model_folder, encode_record, fallback=None):
                 with contextlib.suppress(OSError):
                     os.unlink(lock_file.name)
         return arrays, key
-    raise InputError(f"{refusal.filename}: {refusal.strerror}, and the token cache needs a place")
+    raise InputError(
+        f"{refusal.filename}: {refusal.strerror}, and the token cache must stand beside the data "
+        "or in --out"
+    )
 
 
 def cache_key(path, model_folder, encode_record):

@@ -282,7 +282,7 @@ def test_where_the_data_cannot_be_written_the_fallback_is_used(data, model, made
     shutil.rmtree(place)
     # A folder in the lock file's place stops even root, whom permissions do not.
     place.with_name(place.name + ".lock").mkdir()
-    with pytest.raises(InputError, match="a.jsonl.tokens-.*token cache needs a place"):
+    with pytest.raises(InputError, match="a.jsonl.tokens-.*token cache must stand"):
         cached(data, model)
     for _ in range(2):
         arrays, _ = cached(data, model, fallback=tmp_path / "new" / "out")

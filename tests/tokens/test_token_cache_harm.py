@@ -86,7 +86,7 @@ def test_data_folder_that_cannot_be_written(cached, tmp_path, monkeypatch):
         return open(name, mode, *rest, **options)
 
     monkeypatch.setattr(files, "open", read_only, raising=False)
-    with pytest.raises(InputError, match="Read-only file system, and the token cache needs a pl"):
+    with pytest.raises(InputError, match="Read-only file system, and the token cache must stand"):
         read()
     assert list(path.parent.iterdir()) == [path]
     tokens = read(tmp_path / "out")
