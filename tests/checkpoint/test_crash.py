@@ -117,7 +117,8 @@ def test_orphans(base, conversations, tmp_path):
     lock_output(out, patience=30).close()
     assert saved_runs(out)[0].name == f"step-{len(steps(out)):06}"  # they have saved first
 
-    status, log = start_and(signal.SIGTERM, 5)
+    # Later than the log is now, or the signal would come before the new run looks out for it.
+    status, log = start_and(signal.SIGTERM, len(steps(out)) + 2)
     stopped = len(steps(out))
     assert status != 0
     assert log.count(f"stopped by a signal after update {stopped:,}; the same command") == 1, log
