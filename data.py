@@ -34,9 +34,10 @@ class Documents:
     `encode_record(record, tokenizer)` makes them, a list of `(ids, trained)`. Records in which a
     sequence trains nothing are left out, and counted.
 
-    documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped. lengths and
-    trained_counts (records, per_record) int64 are in memory. Raises `InputError` for bad data, and
-    where nothing is left to train on.
+    model_folder: of the tokenizer. fallback: the folder for the token cache where the data's cannot
+    be written. documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
+    lengths and trained_counts (records, per_record) int64 are in memory. Raises `InputError` for
+    bad data, and where nothing is left to train on.
     """
 
     def __init__(

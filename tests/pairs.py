@@ -1,4 +1,4 @@
-"""Preference pairs and their log-probabilities, for the tests of dpo.py and logps.py."""
+"""Preference pairs and their log-probabilities, for the tests of dpo.py and training/reference.py."""
 
 import json
 
