@@ -1,4 +1,4 @@
-"""Preference pairs and their log-probabilities, for the tests of dpo.py and training/reference.py."""
+"""Preference pairs and their log-probabilities, for the tests of dpo.py and reference.py."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""update.py and flags.py: schedule, optimizer, FLOPs and flags, against their formulas and independent code."""
+"""update.py and flags.py: schedule, optimizer, FLOPs and flags against independent code."""
 
 import math
 import os
