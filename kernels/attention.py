@@ -61,32 +61,36 @@ import triton
 import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
 
+from kernels.attention_tiles import attention_tiles, branches
 
-def attention(q, k, v, doc_start, doc_end=None):
-    """softmax(q kᵀ / sqrt(D)) v, where token i sees j with doc_start[i] <= j <= i.
 
-    q (T, H, D), k and v (T, Hk, D), doc_start (T,) int32 -> out (T, H, D) in the dtype of q. The
-    softmax is in fp32. `doc_end` is `document_ends(doc_start)`, made once for all layers.
+def attention(q, k, v, doc_start, doc_end=None, tiles=None):
+    """softmax(q kᵀ / sqrt(D)) v, where token i sees j with doc_start[i] <= j <= i < doc_end[j].
+
+    q (T, H, D), k and v (T, Hk, D), doc_start and doc_end (T,) int32 -> out (T, H, D) in the dtype
+    of q. The softmax is in fp32. Without doc_end documents end where the next begins. tiles:
+    `attention_tiles` of both, on the device of q; made here, for which a GPU waits, if it is None.
     """
-    doc_end = document_ends(doc_start) if doc_end is None else doc_end
     if q.is_cuda:
-        return attention_triton(q, k, v, doc_start, doc_end)
-    return attention_cpu(q, k, v, doc_end)
+        return attention_triton(q, k, v, doc_start, doc_end, tiles)
+    doc_end = document_ends(doc_start) if doc_end is None else doc_end
+    return attention_cpu(q, k, v, doc_start, doc_end)
 
 
 def document_ends(doc_start):
-    """doc_end (T,) int32: one past the last token of each token's document.
+    """doc_end (T,) int32 without pairs: one past the last token of each token's document.
 
     doc_start is sorted, so a search in itself finds the ends, without waiting for a GPU.
     """
     return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
 
 
-def attention_reference(q, k, v, doc_start):
+def attention_reference(q, k, v, doc_start, doc_end=None):
     """The same, from the definition: a (T, T) mask and every key/value head repeated."""
     (T, H, D), Hk = q.shape, k.shape[1]
-    i = torch.arange(T, device=q.device)
-    seen = (doc_start[:, None] <= i) & (i <= i[:, None])  # (T, T)
+    doc_end = document_ends(doc_start) if doc_end is None else doc_end
+    i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
+    seen = (doc_start[:, None] <= j) & (j <= i) & (i < doc_end)  # (T, T)
     exact = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(exact).repeat_interleave(H // Hk, dim=1) for x in (k, v))  # (T, H, D)
     scores = torch.einsum("ihd,jhd->hij", q.to(exact), k) / math.sqrt(D)
@@ -95,17 +99,33 @@ def attention_reference(q, k, v, doc_start):
 
 
 @torch.compiler.disable  # it would be compiled again for the lengths of every row
-def attention_cpu(q, k, v, doc_end):
-    """One call of torch's blocked CPU attention per document.
+def attention_cpu(q, k, v, doc_start, doc_end):
+    """One call of torch's blocked CPU attention per document, and per branch that has holes.
 
+    A pair takes two: prompt and chosen are like a document, and rejected is the end of another one.
     `split`, not slices: the backward of a slice fills a tensor as long as the row, per document.
     Padding documents of similar length into one call was no faster at about 190 tokens each.
     """
-    lengths, outs = doc_end.unique_consecutive(return_counts=True)[1].tolist(), []
-    lengths = lengths or [0]  # an empty row: one document, so that q, k and v get their gradients
-    for qkv in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        heads_first = (x.transpose(0, 1)[None] for x in qkv)  # (1, H or Hk, length, D)
-        out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+    first, end, paths = branches(doc_start.numpy(), doc_end.numpy())
+    calls = []  # branches of queries, branches of keys; the queries are the last of the keys
+    for branch, path in enumerate(paths):
+        if path[:-1] and path[-2] == branch - 1:  # goes on where the last call ends
+            calls[-1] = calls[-1][0] + [branch], path
+        else:
+            calls.append(([branch], path))
+    lengths = (end - first).tolist()
+    if not lengths:  # an empty row: one document, so that q, k and v get their gradients
+        lengths, calls = [0], [([0], [0])]
+    q, k, v = (x.split(lengths) for x in (q, k, v))
+    outs = []
+    for queries, keys in calls:
+        of_parts = ((q, queries), (k, keys), (v, keys))
+        tensors = (x[b[0]] if len(b) == 1 else torch.cat([x[i] for i in b]) for x, b in of_parts)
+        q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in tensors)  # (1, H or Hk, tokens, D)
+        n, m, mask = q_b.shape[2], k_b.shape[2], None
+        if n < m:  # query i is token i + m - n of the keys
+            mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+        out = scaled_dot_product_attention(q_b, k_b, v_b, mask, is_causal=n == m, enable_gqa=True)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs)
 
@@ -367,7 +387,7 @@ def attention_gradients(ctx, d_out, d_lse):
 attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
 
 
-def attention_triton(q, k, v, doc_start, doc_end=None):
+def attention_triton(q, k, v, doc_start, doc_end=None, tiles=None):
     """`attention` by the kernels; CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     D = q.shape[2]
     assert D % 16 == 0 and 16 <= D <= 128, f"head size {D}, expected a multiple of 16 up to 128"

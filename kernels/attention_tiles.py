@@ -1,0 +1,66 @@
+"""What each part of a packed row sees, as a list of tiles: made once a row, on the host, in NumPy.
+
+Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a run of
+tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen or
+rejected answer. Tokens of a branch see each other causally, and of their document before the branch
+all but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch. With a
+TILE of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:
+
+    row      PPPPPCCCCCCRRDDDDD
+    tiles    [  ][[  ][][][  ][        also of one token, as the second ones of P and D are
+
+No tile has tokens of two branches, so that nothing which a document computes depends on where it
+lies and on its neighbours.
+"""
+
+import numpy as np
+
+TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
+
+
+def attention_tiles(doc_start, doc_end):
+    """tiles (2, n, 4 + 2·h) int32 of a row, from doc_start and doc_end (T,) int32.
+
+    tiles[0] are those of queries, tiles[1] the same n tiles as keys, each list in the order in
+    which a GPU should begin: the longest walk first. A tile is
+
+        first, end    its own tokens             holes    h times begin, end, in rising order; where
+        low, high     doc_start and doc_end               a branch has fewer, empty ones at its head
+
+    h is 0 in a row of documents, 1 with pairs, and never more than the depth of a tree.
+    """
+    first, end, paths = branches(doc_start, doc_end)
+    counts = -(-(end - first) // TILE)
+    branch = np.repeat(np.arange(len(first)), counts)  # of each tile
+    holes = branch_holes(first, end, doc_start, paths)[branch]
+    first = first[branch] + TILE * (np.arange(len(branch)) - (counts.cumsum() - counts)[branch])
+    end, low, high = np.minimum(first + TILE, end[branch]), doc_start[first], doc_end[first]
+    tiles = np.column_stack((first, end, low, high, holes)).astype(np.int32)
+    keys = end - low - (holes[:, 1::2] - holes[:, ::2]).sum(1)  # that a tile of queries walks over
+    queries = high - first  # that a tile of keys walks over
+    return tiles[np.stack([(-walk).argsort(kind="stable") for walk in (keys, queries)])]
+
+
+def branches(doc_start, doc_end):
+    """first and end (b,) of a row's branches, and paths: what each sees, from root to itself."""
+    edges = (np.diff(doc_start) != 0) | (np.diff(doc_end) != 0)
+    first = np.append(np.zeros(len(doc_start[:1]), np.int64), edges.nonzero()[0] + 1)
+    end = np.append(first, len(doc_start))[1:]
+    paths, path, seen_until = [], [], doc_end[first].tolist()
+    for branch, begin in enumerate(first.tolist()):
+        path = [b for b in path if seen_until[b] > begin] + [branch]
+        paths.append(path)
+    return first, end, paths
+
+
+def branch_holes(first, end, doc_start, paths):
+    """(b, 2·h): of each branch the intervals between its document's start and its path's parts."""
+    holes = [()] * len(paths)
+    for branch in (first > doc_start[first]).nonzero()[0]:  # none in a row of documents
+        parts = paths[branch]
+        ends = doc_start[first[branch]], *end[parts[:-1]]
+        pairs = zip(ends, first[parts], strict=True)
+        holes[branch] = sum((pair for pair in pairs if pair[0] < pair[1]), ())
+    most = max(map(len, holes), default=0)
+    holes = [h + (f,) * (most - len(h)) for h, f in zip(holes, first, strict=True)]
+    return np.array(holes, np.int64).reshape(len(first), most)
