@@ -125,9 +125,9 @@ def main(flags):
         # The batch: the update's pairs, the same on all ranks, and this rank's rows of them.
         started = time.perf_counter()
         epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
-        lengths, trained = documents.lengths[pairs], documents.trained_counts[pairs].sum()
-        hidden_size, tokens = model.config.hidden_size, lengths.sum(1)  # tokens of each pair
-        rows = plan_rows(tokens, world, config.micro_tokens, hidden_size)[rank]
+        tokens, squares = documents.tokens[pairs], documents.squares[pairs]
+        hidden_size = model.config.hidden_size
+        rows = plan_rows(tokens, world, config.micro_tokens, hidden_size, squares)[rank]
 
         # Forward, loss, backward: row by row. The loss is the mean over the update's pairs, all
         # rows and ranks; FSDP divides by the ranks.
@@ -161,7 +161,8 @@ def main(flags):
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, **metrics}
         record |= {"lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, lengths, trained, seconds, device, world)
+        record |= update.measurements(model.config, documents, pairs, seconds, device, world)
+        record["pairs_per_second"] = len(pairs) / seconds
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
         if rank == 0:

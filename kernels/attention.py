@@ -61,7 +61,7 @@ import triton
 import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.attention_tiles import attention_tiles, branches
+from kernels.attention_tiles import branches
 
 
 def attention(q, k, v, doc_start, doc_end=None, tiles=None):

@@ -1,7 +1,7 @@
 """What each part of a packed row sees, as a list of tiles: made once a row, on the host, in NumPy.
 
-Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a run of
-tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen or
+Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a
+run of tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen or
 rejected answer. Tokens of a branch see each other causally, and of their document before the branch
 all but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch. With a
 TILE of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:

@@ -15,12 +15,16 @@ class Documents:
 
     A record is `per_record` sequences: one for a conversation, two for a pair (chosen, rejected).
     `encode_record(record, tokenizer)` makes them, a list of `(ids, trained)`. Records in which a
-    sequence trains nothing are left out, and counted.
+    sequence trains nothing are left out, and counted. The sequences of a pair begin with the same
+    prompt, which stands in a packed row once.
 
     model_folder: of the tokenizer. fallback: the folder for the token cache where the data's cannot
     be written. documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
-    lengths and trained_counts (records, per_record) int64 are in memory. Raises `InputError` for
-    bad data, and where nothing is left to train on.
+    In memory, int64: lengths, trained_counts and shared (records, per_record), of each sequence its
+    tokens, those that are trained, and those at its head that it shares with the first sequence;
+    tokens and squares (records,), the tokens that a record takes in a row, and the sum of the
+    squared lengths, in which attention's cost is counted. Raises `InputError` for bad data, and
+    where nothing is left to train on.
     """
 
     def __init__(
@@ -28,19 +32,23 @@ class Documents:
     ):
         self.paths = readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
-        self.caches = [arrays for arrays, _ in caches]
+        self.caches = [{n: np.asarray(a) for n, a in arrays.items()} for arrays, _ in caches]
         self.key = hashlib.sha256(" ".join(key for _, key in caches).encode()).hexdigest()
         # Of each sequence: the file, where its tokens start there, and what the index says of it.
         indices = [cache["index"] for cache in self.caches]
         tokens, trained, turns, numbers = np.concatenate(indices).T
         file = np.repeat(np.arange(len(indices)), [len(index) for index in indices])
         start = np.concatenate([index[:, 0].cumsum() - index[:, 0] for index in indices])
-        lengths, trained = np.minimum(tokens, max_seq_len), trained.copy()
+        lengths, trained, prompts = (
+            np.minimum(tokens, max_seq_len),
+            trained.copy(),
+            tokens - trained,
+        )
         for i in np.flatnonzero(tokens > max_seq_len):
             mask = self.caches[file[i]]["trained"][start[i] : start[i] + max_seq_len]
             trained[i] = np.count_nonzero(mask)
-        columns = np.stack([file, start, lengths, trained, turns, numbers])
-        columns = columns.reshape(len(columns), -1, per_record)  # (6, records, per_record)
+        columns = np.stack([file, start, lengths, trained, turns, numbers, prompts])
+        columns = columns.reshape(len(columns), -1, per_record)  # (7, records, per_record)
         trains = (columns[3] > 0).all(1)
         self.truncated = int((tokens > max_seq_len).reshape(-1, per_record).any(1).sum())
         self.skipped = int((~trains).sum())
@@ -50,9 +58,22 @@ class Documents:
                 f"{self.paths[0]}: none of the {len(trains)} {self.kind} has a trained token in "
                 f"its first {max_seq_len} tokens, expected assistant messages"
             )
-        self.file, self.start, self.lengths, self.trained_counts, self.turns, self.numbers = (
-            columns[:, trains]
-        )
+        (
+            self.file,
+            self.start,
+            self.lengths,
+            self.trained_counts,
+            self.turns,
+            self.numbers,
+            prompts,
+        ) = columns[:, trains]
+        self.shared = np.zeros_like(self.lengths)
+        if per_record > 1:
+            self.shared[:, 1] = [
+                self.shared_prompt(i, *lengths) for i, lengths in enumerate(prompts)
+            ]
+        self.tokens = (self.lengths - self.shared).sum(1)
+        self.squares = (self.lengths**2 - self.shared**2).sum(1)
 
     def __len__(self):
         return len(self.lengths)
@@ -63,6 +84,12 @@ class Documents:
             arrays, span = self.caches[file], slice(start, start + length)
             sequences.append((arrays["tokens"][span], arrays["trained"][span]))
         return sequences
+
+    def shared_prompt(self, i, chosen_prompt, rejected_prompt):
+        """Tokens of the prompt of pair i; 0 if chosen and rejected have not the same ids there."""
+        (chosen, _), (rejected, _) = self[i]
+        same = np.array_equal(chosen[:chosen_prompt], rejected[:rejected_prompt])
+        return chosen_prompt if same else 0
 
     def sequences(self, records):
         """The sequences of some records, one after the other, as `pack_row` takes them."""
@@ -75,8 +102,10 @@ class Documents:
             number, record = next(readers.records(path, FIELDS))
             remarks.setdefault(remark(record, self.kind == "pairs"), f"{path}:{number}")
         lines = [f"{place}: {text}\n" for text, place in remarks.items() if text]
+        if apart := self.lengths.shape[1] > 1 and int((self.shared[:, 1] == 0).sum()):
+            lines.append(f"{amount(apart, 'pairs')} with two prompts, computed twice each\n")
         return "".join(lines) + (
-            f"{amount(len(self), self.kind)}, {amount(self.lengths.sum(), 'tokens')}, "
+            f"{amount(len(self), self.kind)}, {amount(self.tokens.sum(), 'tokens')}, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
             f"{self.skipped:,} without a trained token skipped"
         )
@@ -93,12 +122,11 @@ class Documents:
 
 def check_micro_tokens(documents, micro_tokens):
     """Raise `InputError` where the longest conversation, or pair, does not fit into one row."""
-    lengths = documents.lengths.sum(1)
-    longest = int(lengths.argmax())
-    if lengths[longest] > micro_tokens:
+    longest, most = int(documents.tokens.argmax()), documents.tokens.max()
+    if most > micro_tokens:
         raise InputError(
-            f"--micro-tokens is {micro_tokens}, expected at least {lengths[longest]}, the tokens "
-            f"of the longest of the {documents.kind} ({next(documents.names([longest]))})"
+            f"--micro-tokens is {micro_tokens}, expected at least {most}, the tokens of the "
+            f"longest of the {documents.kind} ({next(documents.names([longest]))})"
         )
 
 

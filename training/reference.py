@@ -19,9 +19,10 @@ from program.errors import RunError
 def answer_logps(model, documents, pairs, device):
     """Summed log-probability (n, 2) of the chosen and the rejected answer of each of n pairs.
 
-    The 2n documents are one packed row. Differentiable; the reference is computed by this, too.
+    The pairs are one packed row, in which a prompt stands once. Differentiable; the reference is
+    computed by this, too.
     """
-    arrays = pack_row(documents.sequences(pairs))
+    arrays = pack_row(documents.sequences(pairs), documents.shared[pairs].ravel())
     nll = model(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()})  # (N,)
     answers = nll.split(documents.trained_counts[pairs].ravel().tolist())
     if not answers:  # an empty row: its (empty) nll must reach backward on this rank, too
@@ -39,19 +40,20 @@ def reference_logps(model, documents, config, weights, device):
     folder. Raises `RunError` where one of them is not finite, and on rank 0 if no disk takes them.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    lengths = documents.lengths.sum(1)  # (n,) tokens of a pair
     paths = reference_files(model, documents, config, weights)
-    logps = torch.full((len(lengths), 2), math.nan, dtype=torch.float64)  # NaN: not computed yet
+    logps = torch.full((len(documents), 2), math.nan, dtype=torch.float64)  # NaN: not computed yet
     if rank == 0:
         logps = read_reference(paths, logps)
     dist.broadcast(logps, src=0)
-    bar = tqdm(total=len(lengths), desc="reference", unit="pair", leave=False, disable=rank > 0)
-    for begin in range(0, len(lengths), 1024):
-        pairs = np.arange(begin, min(begin + 1024, len(lengths)))
+    bar = tqdm(total=len(documents), desc="reference", unit="pair", leave=False, disable=rank > 0)
+    for begin in range(0, len(documents), 1024):
+        pairs = np.arange(begin, min(begin + 1024, len(documents)))
         if logps[pairs].isnan().any():
             part = torch.zeros(len(pairs), 2, dtype=torch.float64)
+            tokens, squares = documents.tokens[pairs], documents.squares[pairs]
             hidden_size = model.config.hidden_size
-            for row in plan_rows(lengths[pairs], world, config.micro_tokens, hidden_size)[rank]:
+            rows = plan_rows(tokens, world, config.micro_tokens, hidden_size, squares)[rank]
+            for row in rows:
                 part[row] = answer_logps(model, documents, pairs[row], device).double().cpu()
                 bar.update(len(row))
             dist.all_reduce(part)  # each pair is one rank's, and zero on the others
