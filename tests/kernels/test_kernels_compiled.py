@@ -50,7 +50,7 @@ def compile_kernel(kernel, constants, pointers, integers, arch, options):
     return need | {"shared_memory": compiled.metadata.shared}, compiled.asm["ptx"]
 
 
-def compile_attention(name, arch, H, Hk, D, dtype):
+def compile_attention(name, arch, holes, H, Hk, D, dtype):
     """One attention kernel as `blocks` ships it."""
     import torch
 
@@ -59,12 +59,20 @@ def compile_attention(name, arch, H, Hk, D, dtype):
     kernel = getattr(attention, name)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     options = attention.blocks(kernel, kind, SHARED_MEMORY[arch])
-    constants = dict(H=H, Hk=Hk, D=D, BM=options.pop("BM"), BN=options.pop("BN"))
+    constants = dict(HOLES=holes, H=H, Hk=Hk, D=D, BM=options.pop("BM"), BN=options.pop("BN"))
     pointers = dict.fromkeys(("q", "k", "v", "out", "d_out", "dq", "dk", "dv"), dtype)
-    pointers |= dict(lse="fp32", delta="fp32", doc_start="i32", doc_end="i32")
+    pointers |= dict(lse="fp32", delta="fp32", tiles="i32")
     need, ptx = compile_kernel(kernel, constants, pointers, {"T": False}, arch, options)
     need["tensor_core_instructions"] = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
-    return {"kernel": name, "arch": arch, "H": H, "Hk": Hk, "D": D, "dtype": dtype} | need
+    return {
+        "kernel": name,
+        "arch": arch,
+        "holes": holes,
+        "H": H,
+        "Hk": Hk,
+        "D": D,
+        "dtype": dtype,
+    } | need
 
 
 def compile_softmax(arch, dtype, gradient, V):
