@@ -1,10 +1,10 @@
 """What each part of a packed row sees, as a list of tiles: made once a row, on the host, in NumPy.
 
-Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a run of
-tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen or
-rejected answer. Tokens of a branch see each other causally, and of their document before the branch
-all but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch. With a
-TILE of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:
+Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a run
+of tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen
+or rejected answer. Its tokens see each other causally, and of their document before the branch all
+but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch; with a TILE
+of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:
 
     row      PPPPPCCCCCCRRDDDDD
     tiles    [  ][[  ][][][  ][        also of one token, as the second ones of P and D are
@@ -16,6 +16,25 @@ lies and on its neighbours.
 import numpy as np
 
 TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
+
+
+def blocks(kernel, dtype, shared_memory):
+    """Block sizes of a kernel, by name: of those tried, the largest that spill no registers.
+
+    shared_memory: bytes that the chip gives a block, 227 KiB on Hopper; the small sizes fit 99 KiB.
+    tests/kernels/test_kernels_compiled.py compiles all of them, `bench.py tune` times others. fp32
+    runs without tensor cores: it is there to check the others by.
+    """
+    if dtype.itemsize == 4:
+        warps = 8 if kernel == "backward_q_kernel" else 4
+        return {"BM": 16, "BN": 16, "num_warps": warps, "num_stages": 1}
+    large = shared_memory >= 227 << 10
+    BM, BN = {
+        "forward_kernel": (128, 128) if large else (128, 64),
+        "backward_q_kernel": (128, 64),
+        "backward_kv_kernel": (64, 128) if large else (32, 64),
+    }[kernel]
+    return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
 
 
 def attention_tiles(doc_start, doc_end):

@@ -49,13 +49,14 @@ def test_kernels_rehearsal(tmp_path):
     kernels.main(["--toy", "--out", str(tmp_path / "kernels.json")])
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert {"date", "command", "commit", "device", "versions"} <= results.keys()
-    assert len(results["attention"]) == 2 * len(kernels.ATTENTION)
+    assert len(results["attention"]) == 3 * len(kernels.ATTENTION)
     for row in results["attention"] + results["cross_entropy"]:
         assert ("ms" in row) != bool(row.get("skipped")), row
     if torch.cuda.is_available():
         return
-    others = [r for r in results["attention"] if r["provider"] != "ours"]
-    assert all(r["skipped"] == "needs a GPU" for r in others)
+    timed = [(r["row"], r["provider"]) for r in results["attention"] if "ms" in r]
+    twice = ("pairs 9 + 7", "ours, prompts twice")
+    assert timed == [(row, "ours") for row in ("dense 32", "packed 20", "pairs 9 + 7")] + [twice]
 
 
 def test_one_failure_does_not_end_the_comparison(tmp_path, monkeypatch, capsys):
