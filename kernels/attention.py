@@ -6,9 +6,9 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135) and FlashAttention-2 (Dao, ar
 
 Shapes: T tokens of the row, H query heads, Hk key/value heads (H a multiple of Hk), D head size.
 
-Token i sees j if doc_start[i] <= j <= i < doc_end[j]. In documents laid end to end this is causal
-attention in each. In a pair of answers to one prompt, prompt | chosen | rejected, doc_start is the
-pair's first token everywhere and doc_end its end, but for chosen, whose doc_end is chosen's own.
+Token i sees j if doc_start[i] <= j <= i < doc_end[j]: in documents all before it, and itself. In a
+pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token, and doc_end
+its end, but that of chosen is its own: rejected sees the prompt and itself. The picture is below.
 
 Forward. For query i of one head, over the keys j that it sees:
 
@@ -43,9 +43,8 @@ In the naive form the n² terms dominate once n > 2 D. Here one kernel makes dq 
 dv, and both make s and dp again: 7 n² D and 24 n D, in return for sums without atomics, which have
 the same bits in every run.
 
-Tiles. No tile has tokens of two documents, nor of two branches of a pair, so that nothing depends
-on where a document lies. A pair (P prompt, C chosen, R rejected) and a document A, one character a
-token; queries and keys in tiles of 4:
+Tiles begin where a document or an answer begins, so that no bit depends on where it lies. A pair (P
+prompt, C chosen, R rejected) and a document A, one character a token, in tiles of 4:
 
     keys              PPPPPPCCCCCCRRRRRAAAAAA
     queries  0 to  3  DDDD                       F  full: every query sees every key, no mask
@@ -57,10 +56,9 @@ token; queries and keys in tiles of 4:
             17 to 20                   DDDD
             21 to 22                   FFFFDD
 
-A tile of queries walks along its keys from left to right, four at a time, and counts them as if a
-hole (chosen, for rejected) were not there: what it computes is what it would in a row without. For
-dk and dv a tile of keys walks downwards along its queries, from itself to the end of what sees it.
-kernels/attention_tiles.py lists the tiles.
+A tile of queries walks along its keys from left to right, and counts them as if the hole (chosen,
+for rejected) were not there. For dk and dv a tile of keys walks downwards along its queries, from
+itself to the last that sees it. kernels/attention_tiles.py lists the tiles, holes and block sizes.
 """
 
 import math
@@ -78,16 +76,16 @@ def attention(q, k, v, doc_start, doc_end=None, tiles=None):
 
     q (T, H, D), k and v (T, Hk, D), doc_start and doc_end (T,) int32 -> out (T, H, D) in the dtype
     of q. The softmax is in fp32. Without doc_end documents end where the next begins. tiles:
-    `attention_tiles` of both, on the device of q; made here, for which a GPU waits, if it is None.
+    `attention_tiles` of both, made once a row; made here, for which a GPU waits, if it is None.
     """
+    doc_end = document_ends(doc_start) if doc_end is None else doc_end
     if q.is_cuda:
         return attention_triton(q, k, v, doc_start, doc_end, tiles)
-    doc_end = document_ends(doc_start) if doc_end is None else doc_end
     return attention_cpu(q, k, v, doc_start, doc_end)
 
 
 def document_ends(doc_start):
-    """doc_end (T,) int32 without pairs: a search of doc_start in itself; no GPU waits for it."""
+    """doc_end (T,) int32 of documents: a search of doc_start in itself, for which no GPU waits."""
     return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
 
 
@@ -107,9 +105,8 @@ def attention_reference(q, k, v, doc_start, doc_end=None):
 # The kernels. A program has one tile of queries (or of keys) of one head, and alone makes its sums,
 # in a fixed order. Its walk has two parts, F and D of the picture: one loop body, compiled without
 # the mask and with it. The softmax is to base 2: s log2 e in place of s, exp2 of it, and so `lse`
-# is log2 of (1)'s denominator. Rows of a tile beyond the end of its walk repeat the last one, and
-# are masked or never stored: no program reads what its tokens neither see nor are seen by. (A mask
-# of rows takes registers, and spilled at D = 128. One of columns costs nothing: it is constant.)
+# is log2 of (1)'s denominator. Rows beyond the end of a walk repeat the last one, and are masked or
+# never stored: none is read that its tokens neither see nor are seen by, and a mask of rows spills.
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
 LOW = tl.constexpr(-1e30)  # the maximum before any key: finite, because inf - inf is NaN
@@ -153,7 +150,7 @@ def key_rows(tile, low, j0, keys, ROWS: tl.constexpr, MASKED: tl.constexpr, HOLE
 def load_tile(base, start, rows, STRIDE: tl.constexpr, D: tl.constexpr):
     """Rows start + rows of a (T, D) matrix -> (ROWS, D rounded up to a power of 2).
 
-    The start is added in 64 bits, the offsets within the tile in 32 (with holes, in 64 too).
+    `start` is multiplied in 64 bits, `rows` in 32, unless it has 64 (it jumps over holes).
     """
     columns = tl.arange(0, triton.next_power_of_2(D))[None, :]
     pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows[:, None] * STRIDE + columns)
@@ -306,9 +303,6 @@ def shared_memory(x):
     return gpu.shared_memory_per_block_optin if gpu else 0
 
 
-# Custom operators: torch.compile keeps each as one node of its graph; the fakes tell it the shapes.
-
-
 def launch(name, q, k, tiles):
     """(grid, T and the constants, sizes) with which a kernel is called."""
     (T, H, D), Hk, (_, n, columns) = q.shape, k.shape[1], tiles.shape
@@ -317,12 +311,15 @@ def launch(name, q, k, tiles):
     return (n * (TILE // rows), heads), (T, (columns - 4) // 2, H, Hk, D), size
 
 
+# Custom operators: torch.compile keeps each as one node of its graph; the fakes tell it the shapes.
+
+
 @torch.library.custom_op("tulu::attention", mutates_args=())
 def attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (T, H, D) and lse (H, T)."""
-    q, k, v, tiles = (x.contiguous() for x in (q, k, v, tiles))
+    q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = fake_attention(q, k, v, tiles)
     grid, shape, size = launch("forward_kernel", q, k, tiles)
     forward_kernel[grid](q, k, v, out, lse, tiles, *shape, **size)
@@ -341,7 +338,7 @@ def attention_backward_op(
     out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk and dv; the first kernel makes delta for the second."""
-    q, k, v, d_out, tiles = (x.contiguous() for x in (q, k, v, d_out, tiles))
+    q, k, v, d_out = (x.contiguous() for x in (q, k, v, d_out))
     dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
     grid, shape, size = launch("backward_q_kernel", q, k, tiles)
     backward_q_kernel[grid](q, k, v, out, d_out, lse, delta, dq, tiles, *shape, **size)

@@ -19,6 +19,8 @@ def test_attention_flops():
     """For documents of 2 and 3 tokens: half of 4·n²·H·D forward, and 2.5 times that backward."""
     flops = measure.attention_flops([2, 3], H=4, D=16)
     assert flops == {"forward": 2 * 13 * 4 * 16, "backward": 5 * 13 * 4 * 16, "both": 7 * 13 * 64}
+    pair = measure.attention_flops([(2, 3, 1)], H=4, D=16)  # documents of 5 and 3, less one of 2
+    assert pair["forward"] == 2 * (25 + 9 - 4) * 4 * 16
 
 
 def test_cross_entropy_flops():
