@@ -6,9 +6,9 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135) and FlashAttention-2 (Dao, ar
 
 Shapes: T tokens of the row, H query heads, Hk key/value heads (H a multiple of Hk), D head size.
 
-Token i sees j if doc_start[i] <= j <= i < doc_end[j]. In documents laid end to end this is causal
-attention in each. In a pair of answers to one prompt, prompt | chosen | rejected, doc_start is the
-pair's first token everywhere and doc_end its end, but for chosen, whose doc_end is chosen's own.
+Token i sees j if doc_start[i] <= j <= i < doc_end[j]: in documents all before it, and itself. In a
+pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token, and doc_end
+its end, but that of chosen is its own: rejected sees the prompt and itself. The picture is below.
 
 Forward. For query i of one head, over the keys j that it sees:
 
@@ -43,9 +43,8 @@ In the naive form the n² terms dominate once n > 2 D. Here one kernel makes dq 
 dv, and both make s and dp again: 7 n² D and 24 n D, in return for sums without atomics, which have
 the same bits in every run.
 
-Tiles. No tile has tokens of two documents, nor of two branches of a pair, so that nothing depends
-on where a document lies. A pair (P prompt, C chosen, R rejected) and a document A, one character a
-token; queries and keys in tiles of 4:
+Tiles begin where a document or an answer begins, so that no bit depends on where it lies. A pair (P
+prompt, C chosen, R rejected) and a document A, one character a token, in tiles of 4:
 
     keys              PPPPPPCCCCCCRRRRRAAAAAA
     queries  0 to  3  DDDD                       F  full: every query sees every key, no mask
@@ -53,14 +52,13 @@ token; queries and keys in tiles of 4:
              6 to  9  FFFFDDDDDD                 what is blank is never read
             10 to 11  FFFFFFFFDDDD
             12 to 15  FFFFDD      DDDD
-            16 to 16  FFFFFF      FFD
+            16 to 16  FFFFFF      FFDDD
             17 to 20                   DDDD
             21 to 22                   FFFFDD
 
-A tile of queries walks along its keys from left to right, four at a time, and counts them as if a
-hole (chosen, for rejected) were not there: what it computes is what it would in a row without. For
-dk and dv a tile of keys walks downwards along its queries, from itself to the end of what sees it.
-kernels/attention_tiles.py lists the tiles.
+A tile of queries walks along its keys from left to right, and counts them as if the hole (chosen,
+for rejected) were not there. For dk and dv a tile of keys walks downwards along its queries, from
+itself to the last that sees it. kernels/attention_tiles.py lists the tiles, holes and block sizes.
 """
 
 import math
@@ -68,9 +66,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.attention_tiles import TILE, attention_tiles, branches
+from kernels.attention_cpu import attention_cpu
+from kernels.attention_tiles import TILE, attention_tiles, blocks
 
 
 def attention(q, k, v, doc_start, doc_end=None, tiles=None):
@@ -78,19 +76,16 @@ def attention(q, k, v, doc_start, doc_end=None, tiles=None):
 
     q (T, H, D), k and v (T, Hk, D), doc_start and doc_end (T,) int32 -> out (T, H, D) in the dtype
     of q. The softmax is in fp32. Without doc_end documents end where the next begins. tiles:
-    `attention_tiles` of both, on the device of q; made here, for which a GPU waits, if it is None.
+    `attention_tiles` of both, made once a row; made here, for which a GPU waits, if it is None.
     """
+    doc_end = document_ends(doc_start) if doc_end is None else doc_end
     if q.is_cuda:
         return attention_triton(q, k, v, doc_start, doc_end, tiles)
-    doc_end = document_ends(doc_start) if doc_end is None else doc_end
     return attention_cpu(q, k, v, doc_start, doc_end)
 
 
 def document_ends(doc_start):
-    """doc_end (T,) int32 without pairs: one past the last token of each token's document.
-
-    doc_start is sorted, so a search in itself finds the ends, without waiting for a GPU.
-    """
+    """doc_end (T,) int32 of documents: a search of doc_start in itself, for which no GPU waits."""
     return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
 
 
@@ -107,59 +102,22 @@ def attention_reference(q, k, v, doc_start, doc_end=None):
     return torch.einsum("hij,jhd->ihd", p, v).to(q.dtype)
 
 
-@torch.compiler.disable  # it would be compiled again for the lengths of every row
-def attention_cpu(q, k, v, doc_start, doc_end):
-    """One call of torch's blocked CPU attention per document, and per branch that has holes.
-
-    A pair takes two: prompt and chosen are like a document, and rejected is the end of another one.
-    `split`, not slices: the backward of a slice fills a tensor as long as the row, per document.
-    Padding documents of similar length into one call was no faster at about 190 tokens each.
-    """
-    first, end, paths = branches(doc_start.numpy(), doc_end.numpy())
-    calls = []  # branches of queries, branches of keys; the queries are the last of the keys
-    for branch, path in enumerate(paths):
-        if path[:-1] and path[-2] == branch - 1:  # goes on where the last call ends
-            calls[-1] = calls[-1][0] + [branch], path
-        else:
-            calls.append(([branch], path))
-    lengths = (end - first).tolist()
-    if not lengths:  # an empty row: one document, so that q, k and v get their gradients
-        lengths, calls = [0], [([0], [0])]
-    q, k, v = (x.split(lengths) for x in (q, k, v))
-    outs = []
-    for queries, keys in calls:
-        of_parts = ((q, queries), (k, keys), (v, keys))
-        tensors = (x[b[0]] if len(b) == 1 else torch.cat([x[i] for i in b]) for x, b in of_parts)
-        q_b, k_b, v_b = (x.transpose(0, 1)[None] for x in tensors)  # (1, H or Hk, tokens, D)
-        n, m, mask = q_b.shape[2], k_b.shape[2], None
-        if n < m:  # query i is token i + m - n of the keys
-            mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
-        out = scaled_dot_product_attention(q_b, k_b, v_b, mask, is_causal=n == m, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
 # The kernels. A program has one tile of queries (or of keys) of one head, and alone makes its sums,
 # in a fixed order. Its walk has two parts, F and D of the picture: one loop body, compiled without
 # the mask and with it. The softmax is to base 2: s log2 e in place of s, exp2 of it, and so `lse`
-# is log2 of (1)'s denominator. No program reads a token that its own tokens neither see nor are
-# seen by: what lies beyond the end of a walk is its last token again, and masked or never stored.
-# (A mask of rows takes registers, and spilled at D = 128. A mask of columns costs nothing: the
-# compiler knows it.)
+# is log2 of (1)'s denominator. Rows beyond the end of a walk repeat the last one, and are masked or
+# never stored: none is read that its tokens neither see nor are seen by, and a mask of rows spills.
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
 LOW = tl.constexpr(-1e30)  # the maximum before any key: finite, because inf - inf is NaN
 DOT = tl.constexpr("ieee")  # fp32 inputs are multiplied in fp32, not in tf32
-WHOLE = tl.constexpr(TILE)
+WHOLE = tl.constexpr(TILE)  # tokens of a tile in the list; of a program's, BM (or BN) of them
 
 
 @triton.jit
 def tile_of(tiles, role, BLOCK: tl.constexpr, HOLES: tl.constexpr):
-    """The program's tile, of queries (0) or of keys (1), and the first and end of its own tokens.
-
-    Where BLOCK is less than TILE, so many programs share a tile; of a short one some have nothing.
-    """
-    PARTS: tl.constexpr = WHOLE // BLOCK
+    """The program's tile of queries (0) or of keys (1), or part of one: its first token and end."""
+    PARTS: tl.constexpr = WHOLE // BLOCK  # of a short tile, some parts have nothing
     number = (role * tl.num_programs(0) + tl.program_id(0)) // PARTS
     tile = tiles + number * (4 + 2 * HOLES)
     first = tl.load(tile) + tl.program_id(0) % PARTS * BLOCK
@@ -168,10 +126,7 @@ def tile_of(tiles, role, BLOCK: tl.constexpr, HOLES: tl.constexpr):
 
 @triton.jit
 def keys_of(tile, first, HOLES: tl.constexpr):
-    """What query `first` sees: where its keys begin, and how many are before it.
-
-    A walk counts keys as if there were no holes: a query's number is its position.
-    """
+    """What query `first` sees: where its keys begin, and how many are before it, less the holes."""
     low = tl.load(tile + 2)
     before = first - low
     for hole in tl.static_range(HOLES):
@@ -195,7 +150,7 @@ def key_rows(tile, low, j0, keys, ROWS: tl.constexpr, MASKED: tl.constexpr, HOLE
 def load_tile(base, start, rows, STRIDE: tl.constexpr, D: tl.constexpr):
     """Rows start + rows of a (T, D) matrix -> (ROWS, D rounded up to a power of 2).
 
-    The start is added in 64 bits, the offsets within the tile in 32 (with holes, in 64 too).
+    `start` is multiplied in 64 bits, `rows` in 32, unless it has 64 (it jumps over holes).
     """
     columns = tl.arange(0, triton.next_power_of_2(D))[None, :]
     pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows[:, None] * STRIDE + columns)
@@ -342,40 +297,21 @@ def backward_kv_kernel(
     store_tile(dv + kv_head * D, dv_j, first, end, Hk * D, D)  # (BN, D)
 
 
-def blocks(kernel, dtype, shared_memory):
-    """Block sizes of a kernel: of those tried, the largest that spill no registers.
-
-    shared_memory: bytes that the chip gives a block, 227 KiB on Hopper; the small sizes fit 99 KiB.
-    tests/kernels/test_kernels_compiled.py compiles all of them, `bench.py tune` times others. fp32
-    runs without tensor cores: it is there to check the others by.
-    """
-    if dtype == torch.float32:
-        warps = 8 if kernel is backward_q_kernel else 4
-        return {"BM": 16, "BN": 16, "num_warps": warps, "num_stages": 1}
-    large = shared_memory >= 227 << 10
-    BM, BN = {
-        forward_kernel: (128, 128) if large else (128, 64),
-        backward_q_kernel: (128, 64),
-        backward_kv_kernel: (64, 128) if large else (32, 64),
-    }[kernel]
-    return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
-
-
 def shared_memory(x):
     """Bytes of shared memory that a block may have on the GPU of x; 0 where Triton interprets."""
     gpu = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
     return gpu.shared_memory_per_block_optin if gpu else 0
 
 
-# Custom operators: torch.compile keeps each as one node of its graph; the fakes tell it the shapes.
-
-
-def launch(kernel, q, k, tiles):
-    """(grid, T and the constants of heads and tiles, sizes) with which a kernel is called."""
+def launch(name, q, k, tiles):
+    """(grid, T and the constants, sizes) with which a kernel is called."""
     (T, H, D), Hk, (_, n, columns) = q.shape, k.shape[1], tiles.shape
-    size = blocks(kernel, q.dtype, shared_memory(q))
-    rows, heads = (size["BN"], Hk) if kernel is backward_kv_kernel else (size["BM"], H)
+    size = blocks(name, q.dtype, shared_memory(q))
+    rows, heads = (size["BN"], Hk) if name == "backward_kv_kernel" else (size["BM"], H)
     return (n * (TILE // rows), heads), (T, (columns - 4) // 2, H, Hk, D), size
+
+
+# Custom operators: torch.compile keeps each as one node of its graph; the fakes tell it the shapes.
 
 
 @torch.library.custom_op("tulu::attention", mutates_args=())
@@ -383,9 +319,9 @@ def attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out (T, H, D) and lse (H, T)."""
-    q, k, v, tiles = (x.contiguous() for x in (q, k, v, tiles))
+    q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = fake_attention(q, k, v, tiles)
-    grid, shape, size = launch(forward_kernel, q, k, tiles)
+    grid, shape, size = launch("forward_kernel", q, k, tiles)
     forward_kernel[grid](q, k, v, out, lse, tiles, *shape, **size)
     return out, lse
 
@@ -402,11 +338,11 @@ def attention_backward_op(
     out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk and dv; the first kernel makes delta for the second."""
-    q, k, v, d_out, tiles = (x.contiguous() for x in (q, k, v, d_out, tiles))
+    q, k, v, d_out = (x.contiguous() for x in (q, k, v, d_out))
     dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-    grid, shape, size = launch(backward_q_kernel, q, k, tiles)
+    grid, shape, size = launch("backward_q_kernel", q, k, tiles)
     backward_q_kernel[grid](q, k, v, out, d_out, lse, delta, dq, tiles, *shape, **size)
-    grid, shape, size = launch(backward_kv_kernel, q, k, tiles)
+    grid, shape, size = launch("backward_kv_kernel", q, k, tiles)
     backward_kv_kernel[grid](q, k, v, d_out, lse, delta, dk, dv, tiles, *shape, **size)
     return dq, dk, dv
 

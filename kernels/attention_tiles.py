@@ -1,10 +1,10 @@
 """What each part of a packed row sees, as a list of tiles: made once a row, on the host, in NumPy.
 
-Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a
-run of tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen or
-rejected answer. Tokens of a branch see each other causally, and of their document before the branch
-all but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch. With a
-TILE of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:
+Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a run
+of tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen
+or rejected answer. Its tokens see each other causally, and of their document before the branch all
+but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch; with a TILE
+of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:
 
     row      PPPPPCCCCCCRRDDDDD
     tiles    [  ][[  ][][][  ][        also of one token, as the second ones of P and D are
@@ -16,6 +16,40 @@ lies and on its neighbours.
 import numpy as np
 
 TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
+
+
+# Pairs of query and key that are computed for each that is seen, in rows of about 16,384 tokens:
+# before, with tiles cut from the row whatever its documents (and prompts twice), and with these.
+#
+#     BM, BN                                forward 128, 128    dq 128, 64      dk, dv 64, 128
+#     chats of 1,097 tokens on average         1.19   1.15      1.16   1.14       1.15   1.10
+#     chats of 490                             1.34   1.31      1.29   1.29       1.29   1.22
+#     Code-Alpaca and GSM8K, 142               3.09   2.81      2.67   2.51       2.73   2.24
+#     pairs, prompt 1,000, answers 200         1.99   1.29      1.91   1.27       1.90   1.15
+#     pairs, prompt 185, answers 305           1.93   1.83      1.78   1.65       1.77   1.54
+#     documents of 20                          21.9   78.0      17.0   39.0       17.0   39.0
+#
+# Very short documents do not share a tile: their bits would depend on their neighbours, and in the
+# last line, the worst, attention computes 0.6 TFLOP in a block of 7B, its matrices 20.
+
+
+def blocks(kernel, dtype, shared_memory):
+    """Block sizes of a kernel, by name: of those tried, the largest that spill no registers.
+
+    shared_memory: bytes that the chip gives a block, 227 KiB on Hopper; the small sizes fit 99 KiB.
+    tests/kernels/test_kernels_compiled.py compiles all of them, `bench.py tune` times others. fp32
+    runs without tensor cores: it is there to check the others by.
+    """
+    if dtype.itemsize == 4:
+        warps = 8 if kernel == "backward_q_kernel" else 4
+        return {"BM": 16, "BN": 16, "num_warps": warps, "num_stages": 1}
+    large = shared_memory >= 227 << 10
+    BM, BN = {
+        "forward_kernel": (128, 128) if large else (128, 64),
+        "backward_q_kernel": (128, 64),
+        "backward_kv_kernel": (64, 128) if large else (32, 64),
+    }[kernel]
+    return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
 
 
 def attention_tiles(doc_start, doc_end):

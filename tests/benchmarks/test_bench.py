@@ -19,6 +19,8 @@ def test_attention_flops():
     """For documents of 2 and 3 tokens: half of 4·n²·H·D forward, and 2.5 times that backward."""
     flops = measure.attention_flops([2, 3], H=4, D=16)
     assert flops == {"forward": 2 * 13 * 4 * 16, "backward": 5 * 13 * 4 * 16, "both": 7 * 13 * 64}
+    pair = measure.attention_flops([(2, 3, 1)], H=4, D=16)  # documents of 5 and 3, less one of 2
+    assert pair["forward"] == 2 * (25 + 9 - 4) * 4 * 16
 
 
 def test_cross_entropy_flops():
@@ -49,13 +51,14 @@ def test_kernels_rehearsal(tmp_path):
     kernels.main(["--toy", "--out", str(tmp_path / "kernels.json")])
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert {"date", "command", "commit", "device", "versions"} <= results.keys()
-    assert len(results["attention"]) == 2 * len(kernels.ATTENTION)
+    assert len(results["attention"]) == 3 * len(kernels.ATTENTION)
     for row in results["attention"] + results["cross_entropy"]:
         assert ("ms" in row) != bool(row.get("skipped")), row
     if torch.cuda.is_available():
         return
-    others = [r for r in results["attention"] if r["provider"] != "ours"]
-    assert all(r["skipped"] == "needs a GPU" for r in others)
+    timed = [(r["row"], r["provider"]) for r in results["attention"] if "ms" in r]
+    twice = ("pairs 9 + 7", "ours, prompts twice")
+    assert timed == [(row, "ours") for row in ("dense 32", "packed 20", "pairs 9 + 7")] + [twice]
 
 
 def test_one_failure_does_not_end_the_comparison(tmp_path, monkeypatch, capsys):
