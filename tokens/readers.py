@@ -7,6 +7,7 @@ the file and the record. Except for a `.json` list, memory holds a batch and nev
 
 import contextlib
 import gzip
+import itertools
 import json
 import zlib
 from codecs import BOM_UTF8
@@ -113,7 +114,11 @@ def read_parquet(path, fields):
         wanted = [name for name in names if fields is None or name in fields]
         # A column that is not read may hold pictures, or dates that Python does not know.
         unread = {name: "not read" for name in names if name not in wanted}
-        for batch in table.iter_batches(BATCH_RECORDS, columns=wanted):
+        # By row group: pyarrow cannot join two of them where texts in messages are dictionaries.
+        for batch in itertools.chain.from_iterable(
+            table.iter_batches(BATCH_RECORDS, [group], wanted)
+            for group in range(table.num_row_groups)
+        ):
             values = [unread.copy() for _ in range(batch.num_rows)]
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 column = values_of(column, name, path, first)
@@ -146,7 +151,7 @@ def parquet(path):
         # Open-Orca's needed 1 GB instead of 142 MiB.
         with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as table:
             yield table
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the names, too
         raise InputError(f"{path}: not a readable parquet file ({error})") from None
 
 
