@@ -27,19 +27,20 @@ def data_files(paths):
     """
     files = []
     for path in map(Path, paths):
+        found = [path]
         if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.is_file() and is_data(p)]
-            if not inside:
+            found = [p for p in sorted(path.iterdir()) if is_data(p) and not p.is_dir()]
+            if not found:
                 raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            files += inside
-        elif not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        elif not is_data(path):
-            raise InputError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
-        elif not path.is_file():
-            raise InputError(f"{path}: a pipe or a device, expected a file: it is read twice")
-        else:
-            files.append(path)
+        for file in found:
+            if not file.exists():
+                link = f" (a link to {file.readlink()})" if file.is_symlink() else ""
+                raise InputError(f"{file}: no such file or folder{link}")
+            if not is_data(file):
+                raise InputError(f"{file}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+            if not file.is_file():
+                raise InputError(f"{file}: a pipe or a device, expected a file: it is read twice")
+        files += found
     return files
 
 
