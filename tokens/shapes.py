@@ -217,4 +217,7 @@ def text_of(content, where):
 
 def excerpt(value):
     """The first 40 characters of a value as JSON, for a message; parquet holds other types, too."""
-    return json.dumps(value, default=repr)[:40]
+    try:
+        return json.dumps(value, default=repr)[:40]
+    except RecursionError:  # it could be read just so
+        return f"a deeply nested {type(value).__name__}"
