@@ -360,7 +360,8 @@ def test_torch_compile_takes_them_whole():
     compiled = torch.compile(
         attention_triton, backend="inductor" if GPU else backend, fullgraph=True, dynamic=True
     )
-    for trees in ([(5,), (3,)], [(8,)], [(1,), (9,)], [(5, (3,), (4,))], [(2,)] * 200):
+    # torch compiles again for sizes of 1, and where two that were alike at first are so no more.
+    for trees in ([(5,), (3,), (1,)], [(2,)] * 9, [(5, (3,), (4,))]):
         row = [x.to(DEVICE) for x in row_of(*trees)]
         inputs = [x.to(DEVICE) for x in make_inputs([len(row[0])], 2, 1, 16, torch.float16)]
         tiles = tiles_on_device(*row)
