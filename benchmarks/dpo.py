@@ -62,7 +62,8 @@ def main(arguments):
     if device.type != "cpu":
         raise InputError("bench.py dpo compares on CPU, and found a GPU")
     with tempfile.TemporaryDirectory() as folder:
-        documents = first_pairs(config, folder)
+        given = after_turns(config, folder) if config.context else config
+        documents = first_pairs(given, folder)
         model = inputs.make_model(config, folder)
         shape = read_config(folder)
         names = ("max_seq_len", "batch_size", "epochs", "micro_tokens", "beta", "lr", "seed")
@@ -85,22 +86,24 @@ def main(arguments):
 
 
 def first_pairs(config, folder):
-    """The first pairs of the file; with --context, after as many turns of another task each."""
+    """The first pairs of the file."""
     default, length = "prefs/alpaca_eval_tulu2_13b.jsonl", config.max_seq_len
-    if config.context:
-        turns = inputs.input_file(None, "sft/code_alpaca_gsm8k.jsonl", "--context")
-        turns = [json.loads(line)["messages"] for line in turns.open(encoding="utf-8")]
-        turns = [messages for messages in turns if len(messages) == 2]
-        pairs = inputs.input_file(config.data, default, "--data").open(encoding="utf-8")
-        with open(f"{folder}/after-turns.jsonl", "w", encoding="utf-8") as file:
-            for number, line in zip(range(config.pairs), pairs):  # noqa: B905, the first ones
-                record = json.loads(line)
-                first = number * config.context
-                before = sum(turns[first : first + config.context], [])
-                sides = {side: before + record[side] for side in ("chosen", "rejected")}
-                file.write(json.dumps(sides) + "\n")
-        config = dataclasses.replace(config, data=file.name)
     return inputs.first_documents(config, default, config.pairs, folder, length, encode_pair, 2)
+
+
+def after_turns(config, folder):
+    """The config, with --context's turns of another task before each pair of its data."""
+    turns = inputs.input_file(None, "sft/code_alpaca_gsm8k.jsonl", "--context")
+    turns = [json.loads(line)["messages"] for line in turns.open(encoding="utf-8")]
+    turns = [messages for messages in turns if len(messages) == 2]
+    pairs = inputs.input_file(config.data, "prefs/alpaca_eval_tulu2_13b.jsonl", "--data")
+    with open(f"{folder}/after-turns.jsonl", "w", encoding="utf-8") as file:
+        for number, line in enumerate(pairs.read_text("utf-8").splitlines()[: config.pairs]):
+            record, first = json.loads(line), number * config.context
+            before = sum(turns[first : first + config.context], [])
+            sides = {side: before + record[side] for side in ("chosen", "rejected")}
+            file.write(json.dumps(sides) + "\n")
+    return dataclasses.replace(config, data=file.name)
 
 
 def padded_loops(config, documents):
