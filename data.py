@@ -9,6 +9,7 @@ sft.py and dpo.py draw every update from here. The mixture's 326,154 conversatio
 once and never held in memory.
 """
 
+import copy
 import functools
 import hashlib
 import heapq
@@ -28,21 +29,23 @@ from tokens.token_cache import loaded_tokenizer, token_cache
 
 
 class Documents:
-    """The records of some data files as token sequences, cut to `max_seq_len`.
+    """The records of some data files as token sequences of at most `max_seq_len` tokens.
 
     A record is `per_record` sequences: one for a conversation, two for a pair (chosen, rejected).
     `encode_record(record, tokenizer)` makes them, a list of `(ids, trained)`. Records in which a
     sequence trains nothing are left out, and counted.
 
     model_folder: of the tokenizer. fallback: the folder for the token cache where the data's cannot
-    be written. documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
+    be written. too_long: a record with a longer sequence is "cut" on the right, left out ("drop"),
+    or an "error". documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
     lengths and trained_counts (records, per_record) int64 are in memory. Raises `InputError` for
     bad data, and where nothing is left to train on.
     """
 
     def __init__(
-        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1
-    ):
+        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1,
+        too_long="cut",
+    ):  # fmt: skip
         self.paths = readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [arrays for arrays, _ in caches]
@@ -58,14 +61,27 @@ class Documents:
             trained[i] = np.count_nonzero(mask)
         columns = np.stack([file, start, lengths, trained, turns, numbers])
         columns = columns.reshape(len(columns), -1, per_record)  # (6, records, per_record)
-        trains = (columns[3] > 0).all(1)
-        self.truncated = int((tokens > max_seq_len).reshape(-1, per_record).any(1).sum())
-        self.skipped = int((~trains).sum())
+        over = (tokens > max_seq_len).reshape(-1, per_record).any(1)
+        if too_long == "error" and over.any():
+            i = int(over.argmax())
+            raise InputError(
+                f"{self.paths[columns[0, i, 0]]}:{columns[5, i, 0]}: "
+                f"{tokens.reshape(-1, per_record)[i].max()} tokens, expected at most "
+                f"{max_seq_len}, --max-seq-len (--too-long is error)"
+            )
+        drop = over & (too_long == "drop")
+        if drop.any():
+            self.key = hashlib.sha256(f"{self.key} drop".encode()).hexdigest()
+        trains = (columns[3] > 0).all(1) & ~drop
+        self.dropped, self.truncated = int(drop.sum()), int((over & ~drop).sum())
+        self.skipped = int((~trains & ~drop).sum())
         self.kind = "conversations" if per_record == 1 else "pairs"
         if not trains.any():
             raise InputError(
                 f"{self.paths[0]}: none of the {len(trains)} {self.kind} has a trained token in "
                 f"its first {max_seq_len} tokens, expected assistant messages"
+                + f" (--too-long drop leaves out {self.dropped})"
+                * bool(self.dropped)
             )
         self.file, self.start, self.lengths, self.trained_counts, self.turns, self.numbers = (
             columns[:, trains]
@@ -85,6 +101,14 @@ class Documents:
         """The sequences of some records, one after the other, as `pack_row` takes them."""
         return [sequence for i in records for sequence in self[i]]
 
+    def part(self, chosen):
+        """The documents of the `chosen` records alone, (records,) of bool."""
+        part = copy.copy(self)
+        for name in ("file", "start", "lengths", "trained_counts", "turns", "numbers"):
+            setattr(part, name, getattr(self, name)[chosen])
+        part.key = hashlib.sha256(self.key.encode() + chosen.tobytes()).hexdigest()
+        return part
+
     def summary(self):
         """One line for the user, and one before it for each shape of record that is made fit."""
         remarks = {}  # text → the first record of a file that it is true of
@@ -95,7 +119,8 @@ class Documents:
         return "".join(lines) + (
             f"{amount(len(self), self.kind)}, {amount(self.lengths.sum(), 'tokens')}, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
-            f"{self.skipped:,} without a trained token skipped"
+            + f"{self.dropped:,} longer ones left out, " * bool(self.dropped)
+            + f"{self.skipped:,} without a trained token skipped"
         )
 
     def names(self, records):
