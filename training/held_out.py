@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from checkpoint.run_folder import append_record
-from data import Documents, amount, check_micro_tokens
 from program.errors import InputError, RunError
 from program.ranks import sum_over_ranks
+from tokens.documents import Documents, amount, check_micro_tokens
 from training.reference import summed_logps
 
 

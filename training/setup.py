@@ -22,11 +22,12 @@ from checkpoint.run_folder import (
     unlock_output,
 )
 from checkpoint.weights import find_tensors, weights_key
-from data import Documents, amount, schedule, update_count
+from data import schedule, update_count
 from model import Llama
 from program.errors import InputError
 from program.flags import check_flags, run_facts
 from program.hardware import environment
+from tokens.documents import Documents, amount
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 from training.held_out import open_documents
