@@ -142,8 +142,7 @@ def main(flags):
         started = time.perf_counter()
         epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
         lengths, trained = documents.lengths[pairs], documents.trained_counts[pairs].sum()
-        hidden_size, tokens = model.config.hidden_size, lengths.sum(1)  # tokens of each pair
-        rows = plan_rows(tokens, world, config.micro_tokens, hidden_size)[rank]
+        rows = plan_rows(lengths.sum(1), world, config.micro_tokens, model.config.hidden_size)[rank]
 
         # Forward, loss, backward: row by row. The loss is the mean over the update's pairs, all
         # rows and ranks; FSDP divides by the ranks.

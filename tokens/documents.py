@@ -29,7 +29,7 @@ class Documents:
         self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1,
         too_long="cut",
     ):  # fmt: skip
-        self.paths = readers.data_files(paths)
+        self.given, self.paths = paths, readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [arrays for arrays, _ in caches]
         self.key = hashlib.sha256(" ".join(key for _, key in caches).encode()).hexdigest()
@@ -92,12 +92,13 @@ class Documents:
         return part
 
     def summary(self):
-        """One line for the user, and one before it for each shape of record that is made fit."""
+        """One line for the user; before it, one for each folder, and each shape made fit."""
         remarks = {}  # text → the first record of a file that it is true of
         for path in self.paths:
             number, record = next(readers.records(path, FIELDS))
             remarks.setdefault(remark(record, self.kind == "pairs"), f"{path}:{number}")
-        lines = [f"{place}: {text}\n" for text, place in remarks.items() if text]
+        lines = [f"{text}\n" for text in map(readers.found_in, self.given) if text]
+        lines += [f"{place}: {text}\n" for text, place in remarks.items() if text]
         return "".join(lines) + (
             f"{amount(len(self), self.kind)}, {amount(self.lengths.sum(), 'tokens')}, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "

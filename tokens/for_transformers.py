@@ -25,6 +25,13 @@ CHAT_TEMPLATE = (
 )
 
 
+# The same with marks around what is trained, for TRL's `assistant_only_loss`, whose
+# `chat_template_path` takes this file. It is not the folder's chat template, because the tag is
+# transformers' own: plain jinja2 refuses it, as minijinja does (TGI before May 2025, vLLM's Rust
+# server before September 2026), and so did llama-cpp-python, axolotl and others.
+MARKED_TEMPLATE = "chat_template_for_trl.jinja"
+
+
 # Of the base's tokenizer_config.json, what changes no id.
 KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 
@@ -61,9 +68,8 @@ def check_same_vocabulary(pieces, path, named):
 def save_tokenizer(tokenizer, source, folder, longest=0):
     """Write tokenizer.model, tokenizer.json, and tokenizer_config.json with the chat template.
 
-    source: the folder that `tokenizer` was read from. Of its tokenizer_config.json only `KEPT` and
-    a pad token that is BOS, EOS or unknown are kept: any other token would be one id in a text that
-    was trained as several. longest: model_max_length is at least so many tokens.
+    source: the folder that `tokenizer` was read from. Of its tokenizer_config.json only `KEPT` is
+    kept. longest: model_max_length is at least so many tokens.
     """
     folder, base, sp = Path(folder), tokenizer_config(source), tokenizer.sp
     config = {name: base[name] for name in KEPT if name in base}
@@ -74,8 +80,8 @@ def save_tokenizer(tokenizer, source, folder, longest=0):
         "eos_token": sp.id_to_piece(tokenizer.eos_id),
         "unk_token": sp.id_to_piece(sp.unk_id()),
     }
-    if (pad := token_text(base.get("pad_token"))) in special.values():
-        special["pad_token"] = pad
+    special["pad_token"] = pad_token(tokenizer, source)
+    template = CHAT_TEMPLATE.replace("{space}", "" if tokenizer.legacy else " ")
     config |= special | {
         # This class keeps SentencePiece's ids; Code Llama's own adds tokens for infilling. It puts
         # "▁" before a text by itself; told to, transformers 4 would ask for protobuf.
@@ -83,12 +89,32 @@ def save_tokenizer(tokenizer, source, folder, longest=0):
         "legacy": tokenizer.legacy,
         "add_bos_token": True,
         "add_eos_token": False,
-        "chat_template": CHAT_TEMPLATE.replace("{space}", "" if tokenizer.legacy else " "),
+        "chat_template": template,
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / MARKED_TEMPLATE).write_text(marked(template), encoding="utf-8")
     content = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+
+
+def pad_token(tokenizer, source):
+    """The base's pad token if that is BOS or EOS, else the unknown token, as EasyLM padded.
+
+    A token of its own would be one id in a text that was trained as several.
+    """
+    pad, sp = token_text(tokenizer_config(source).get("pad_token")), tokenizer.sp
+    own = [sp.id_to_piece(i) for i in (sp.unk_id(), tokenizer.bos_id, tokenizer.eos_id)]
+    return pad if pad in own else own[0]
+
+
+def marked(template):
+    """The chat template with marks around each answer and its EOS; it renders the same text."""
+    return template.replace(
+        "'<|assistant|>\\n' + message['content'].strip() + eos_token }}",
+        "'<|assistant|>\\n' }}{% generation %}{{ message['content'].strip() + eos_token }}"
+        "{% endgeneration %}",
+    )
 
 
 def added_tokens(tokenizer):

@@ -1,4 +1,4 @@
-"""Data files, record by record: `.jsonl`, `.jsonl.gz`, `.json`, `.parquet`, and folders of them.
+"""Data files, record by record: JSON lines, plain or compressed, `.json`, `.parquet`, and folders.
 
 `records` is for whoever wants parsed records. The token cache takes `read_batches`, which leaves
 lines as bytes, so that its workers parse them (`parse`) and keep every core busy. Every error names
@@ -14,7 +14,9 @@ from pathlib import Path
 
 from program.errors import InputError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+# What the package `datasets` and LLaMA-Factory keep beside the data.
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 512
 BUFFER = 1 << 20  # bytes
 
@@ -22,14 +24,17 @@ BUFFER = 1 << 20  # bytes
 def data_files(paths):
     """The files that `--data` means; a folder stands for the data files in it, sorted by name.
 
-    Raises `InputError` for a path that is neither a data file nor a folder of some.
+    Where it has none itself, as a cloned data set, it stands for those of its folders. Raises
+    `InputError` for a path that is neither a data file nor a folder of some.
     """
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.is_file() and is_data(p)]
+            inside, _ = inside_of(path)
             if not inside:
-                raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+                raise InputError(
+                    f"{path}: no {', '.join(SUFFIXES)} file in this folder, nor in a folder in it"
+                )
             files += inside
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
@@ -40,6 +45,30 @@ def data_files(paths):
         else:
             files.append(path)
     return files
+
+
+def inside_of(folder):
+    """(data files, files that are none but have such names) of a folder, or of those in it."""
+    own = sorted(folder.iterdir())
+    below = [p for p in own if p.is_dir() and not p.name.startswith(".")]
+    skipped = []
+    for paths in (own, [path for inner in below for path in sorted(inner.iterdir())]):
+        named = [path for path in paths if path.is_file() and is_data(path)]
+        skipped += [path for path in named if path.name in NO_DATA]
+        if found := [path for path in named if path.name not in NO_DATA]:
+            return found, skipped
+    return [], skipped
+
+
+def found_in(path):
+    """A line for the user on what `data_files` takes of a folder; empty for a file."""
+    if not Path(path).is_dir():
+        return ""
+    found, skipped = inside_of(Path(path))
+    names = [str(p.relative_to(path)) for p in found]
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    skipped = ", ".join(p.name for p in skipped)
+    return f"{path}: {listed}" + (f"; skipped, as no data: {skipped}" if skipped else "")
 
 
 def is_data(path):
@@ -75,7 +104,7 @@ def read_batches(path, fields=None):
 def read_lines(path):
     size = max(path.stat().st_size, 1)
     with open(path, "rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
+        lines = decompressed(raw, path)
         first, batch, held = 1, [], 0
         try:
             for line in lines:
@@ -85,10 +114,43 @@ def read_lines(path):
                     yield first, batch, raw.tell() / size
                     first, batch, held = first + len(batch), [], 0
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            number = first + len(batch)
-            raise InputError(f"{path}:{number}: not a whole gzip file ({error})") from None
+            number, kind = first + len(batch), "zstd" if path.suffix == ".zst" else "gzip"
+            raise InputError(f"{path}:{number}: not a whole {kind} file ({error})") from None
         if batch:
             yield first, batch, 1.0
+
+
+def decompressed(raw, path):
+    """The lines of an open file, as its name says it is compressed."""
+    if path.suffix == ".zst":
+        return zstd_lines(raw, path)
+    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+
+
+def zstd_lines(raw, path):
+    """The lines of a file of zstd frames. (The package's own reader ends in silence where the file
+    was cut short.) Raises `EOFError` for such a file."""
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(f"{path}: reading it needs zstandard: pip install zstandard") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # `zstd --long=31`
+    frame, rest = None, b""
+    while block := raw.read(BUFFER):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            try:
+                rest += frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from None
+            block = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+        *lines, rest = rest.split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if frame is not None:
+        raise EOFError("it ends within a frame")
+    if rest:
+        yield rest
 
 
 def read_json(path):

@@ -32,6 +32,7 @@ from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 from training.held_out import open_documents
 from training.saving import exported_steps
+from training.trackers import check_trackers, start_trackers
 
 
 @dataclass
@@ -60,6 +61,7 @@ def open_run(config, encode_record, pairs=False):
     what the data are.
     """
     check_flags(config)
+    check_trackers(config)
     out, rank = Path(config.out), dist.get_rank()
     model_config = read_config(config.model)
     tokenizer = Tokenizer(config.model)
@@ -136,6 +138,7 @@ def start_log(run, config, first, device):
     record = {"event": "start", "config": dataclasses.asdict(config)}
     record |= {"environment": environment(device, dist.get_world_size()), "run": run.facts}
     start_records(run.metrics, first, record)
+    start_trackers(run.out, config)
     print(
         schedule(len(run.documents), run.documents.kind, config.batch_size, config.epochs)
         + (f"; continued after {first:,}" if first else "")
