@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from checkpoint.resume import resume_run
 from checkpoint.run_folder import append_record
@@ -28,14 +27,14 @@ from demo import command as demo
 from program.errors import reported
 from program.flags import parse_args, resolve
 from program.progress import progress_bar
-from program.ranks import start, sum_over_ranks
+from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
 from training.flags import DataFlags, OutputFlags, RunFlags
 from training.held_out import held_out_logps, log_held_out
 from training.parallel import shard
-from training.saving import leave, save_or_export
+from training.saving import save_or_export, stop_run
 from training.setup import finish_run, open_run, start_log
 
 
@@ -131,7 +130,7 @@ def main(flags):
 
     bar.close()
     if stop:
-        leave(step, signals)
+        stop_run(run, step, signals)
 
     save_hf(model, run.tokenizer, config.model, run.out, documents.lengths.max())
     finish_run(run, config)
@@ -145,4 +144,4 @@ if __name__ == "__main__":
         main(flags)
         if is_demo:
             demo.show_effect(flags)
-        dist.destroy_process_group()
+        leave()

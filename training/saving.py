@@ -12,6 +12,7 @@ from checkpoint.weights import save_hf
 from program.files import fsync
 from program.ranks import gather_lists, raise_together, sum_over_ranks
 from training.held_out import is_due
+from training.trackers import finish_trackers
 
 
 def save_or_export(run, config, step, first, optimizer, stop, signals):
@@ -64,8 +65,9 @@ def export(run, config, step):
     raise_together(failure, f"{place}: the model could not be exported")
 
 
-def leave(step, signals):
+def stop_run(run, step, signals):
     """End the program as a signal asks, after the checkpoint of update `step`."""
     if dist.get_rank() == 0:
+        finish_trackers(run.trackers)
         print(f"stopped by a signal after update {step:,}; the same command continues it")
     sys.exit(128 + gather_lists(signals)[0])

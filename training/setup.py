@@ -32,7 +32,7 @@ from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 from training.held_out import open_documents
 from training.saving import exported_steps
-from training.trackers import check_trackers, start_trackers
+from training.trackers import check_trackers, finish_trackers, start_trackers
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Run:
     total: int  # updates of the schedule
     last: int  # the update after which --max-steps, or the schedule, ends the run
     facts: dict[str, Any]  # what tells this run from others: flags, hashes of data and weights
+    trackers: list[Any]  # processes that read the log; they end with this one
     lock: Any  # held until this process ends, so that no other run writes to `out`
 
 
@@ -78,7 +79,7 @@ def open_run(config, encode_record, pairs=False):
     last = min(total, config.max_steps or total)
     run = Run(
         out, out / "metrics.jsonl", tokenizer, model, documents, held_out,
-        per_epoch, total, last, facts, lock=None,
+        per_epoch, total, last, facts, trackers=[], lock=None,
     )  # fmt: skip
     facts["data"] = documents.key
     if pairs:
@@ -138,7 +139,7 @@ def start_log(run, config, first, device):
     record = {"event": "start", "config": dataclasses.asdict(config)}
     record |= {"environment": environment(device, dist.get_world_size()), "run": run.facts}
     start_records(run.metrics, first, record)
-    start_trackers(run.out, config)
+    run.trackers = start_trackers(run.out, config)
     print(
         schedule(len(run.documents), run.documents.kind, config.batch_size, config.epochs)
         + (f"; continued after {first:,}" if first else "")
@@ -156,5 +157,6 @@ def finish_run(run, config):
             )
         if not config.keep_checkpoints:
             remove_checkpoints(run.out, but_newest=ended_early)
+        finish_trackers(run.trackers)
         unlock_output(run.out, run.lock)
         print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")

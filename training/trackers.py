@@ -5,7 +5,6 @@
 It only reads the file. Whatever happens to it, training goes on, and metrics.jsonl has everything.
 """
 
-import atexit
 import contextlib
 import importlib.util
 import json
@@ -31,22 +30,29 @@ def check_trackers(config):
 
 
 def start_trackers(folder, config):
-    """Start a process for each tracker, which reads `folder`/metrics.jsonl until this one ends."""
+    """Start a process for each tracker, which reads `folder`/metrics.jsonl until this one ends.
+
+    Returns the processes, for `finish_trackers`.
+    """
+    trackers = []
     for name in TRACKERS:
         if getattr(config, name):
             command = [sys.executable, "-m", "training.trackers", Path(folder).resolve(), name]
             # Its standard input closes when this process ends, however that happens; in a session
             # of its own, a Ctrl-C does not reach it before it has sent the rest.
-            tracker = subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True
+            trackers.append(
+                subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, start_new_session=True)
             )
-            atexit.register(finish, tracker)
+    return trackers
 
 
-def finish(tracker):
-    tracker.stdin.close()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        tracker.wait(PATIENCE)
+def finish_trackers(trackers):
+    """Have the trackers send the rest, and wait for them for up to `PATIENCE` seconds each."""
+    for tracker in trackers:
+        tracker.stdin.close()
+    for tracker in trackers:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tracker.wait(PATIENCE)
 
 
 # ---- The process itself
