@@ -146,7 +146,7 @@ def check_bounds(config):
         if name in WORDS and value not in (None, *WORDS[name]):
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} is {value}, expected {' or '.join(WORDS[name])}")
-        if name not in BOUNDS:
+        if name not in BOUNDS or value is None:
             continue
         low, high = BOUNDS[name]
         too_large = value >= (1 << 63 if isinstance(value, int) else math.inf)  # int64, or inf

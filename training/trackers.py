@@ -15,7 +15,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from program.errors import InputError
+from program.errors import InputError, one_line
 
 TRACKERS = ("tensorboard", "wandb")  # flags, and the packages that they need
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,9 @@ PATIENCE = 60  # seconds that the run waits at its end, for what is still to be 
 def check_trackers(config):
     """Raise `InputError` where a tracker that the flags ask for is not installed."""
     for name in TRACKERS:
-        if getattr(config, name) and importlib.util.find_spec(name) is None:
+        # A mere folder of that name, in which wandb keeps its files, has a spec without an origin.
+        spec = importlib.util.find_spec(name)
+        if getattr(config, name) and getattr(spec, "origin", None) is None:
             raise InputError(f"--{name}: the package is not installed: pip install {name}")
 
 
@@ -116,7 +118,12 @@ def to_wandb(folder, records):
 def main(folder, tracker):
     folder = Path(folder)
     records = new_records(folder / "metrics.jsonl")
-    {"tensorboard": to_tensorboard, "wandb": to_wandb}[tracker](folder, records)
+    try:
+        {"tensorboard": to_tensorboard, "wandb": to_wandb}[tracker](folder, records)
+    except Exception as error:
+        # Not logged in, or no network: a reason to tell, and none to stop a run.
+        print(f"warning: --{tracker} has stopped ({one_line(error)}); training goes on",
+              file=sys.stderr, flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
