@@ -152,6 +152,17 @@ def test_dpo_s_metrics_are_those_of_the_next_update(base, preferences, tmp_path,
     assert abs(measured[3]["rewards/margins"]) > 1e-2
 
 
+def test_measuring_on_two_ranks_changes_nothing_else(flags, tmp_path):
+    """Nor does it where the model is saved right after: FSDP's gathered weights are let go."""
+    flags |= {"epochs": 1, "eval_every": 1}
+    assert harmed(flags, ranks=2) == 0
+    plain = flags | {"eval_data": None, "eval_every": 0, "out": str(tmp_path / "plain")}
+    assert harmed(plain, ranks=2) == 0
+    assert len(evals(flags["out"])) == 3
+    ours, theirs = (load_file(Path(f["out"]) / "model.safetensors") for f in (flags, plain))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_measuring_changes_nothing_else(flags, uninterrupted):
     """Losses and weights are those of a run without held-out data, bit for bit."""
     assert harmed(flags) == 0
