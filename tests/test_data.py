@@ -492,7 +492,7 @@ def read(path):
     ]
 
 
-@pytest.mark.parametrize("suffix", readers.SUFFIXES)
+@pytest.mark.parametrize("suffix", [*readers.SUFFIXES, readers.ZSTD])
 def test_every_kind_of_file_gives_the_same_records(suffix, tmp_path):
     """In order, numbered from 1, over several batches, the share read rising to 1."""
     path = write_as(suffix, tmp_path)

@@ -1,12 +1,15 @@
 """The tokenizer files with which transformers, vLLM and the tokenizers package give our ids.
 
 They are written beside every model that training saves; training itself never reads them.
+
+    python -m tokens.for_transformers OUT > marked.jinja        the template for TRL, see `marked`
 """
 
 import json
+import sys
 from pathlib import Path
 
-from program.errors import InputError
+from program.errors import InputError, reported
 from program.files import read_object
 from tokens import bpe
 from tokens.folder import named_tokens, token_text, tokenizer_config
@@ -23,13 +26,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
 )
-
-
-# The same with marks around what is trained, for TRL's `assistant_only_loss`, whose
-# `chat_template_path` takes this file. It is not the folder's chat template, because the tag is
-# transformers' own: plain jinja2 refuses it, as minijinja does (TGI before May 2025, vLLM's Rust
-# server before September 2026), and so did llama-cpp-python, axolotl and others.
-MARKED_TEMPLATE = "chat_template_for_trl.jinja"
 
 
 # Of the base's tokenizer_config.json, what changes no id.
@@ -93,7 +89,6 @@ def save_tokenizer(tokenizer, source, folder, longest=0):
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / MARKED_TEMPLATE).write_text(marked(template), encoding="utf-8")
     content = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
@@ -109,7 +104,13 @@ def pad_token(tokenizer, source):
 
 
 def marked(template):
-    """The chat template with marks around each answer and its EOS; it renders the same text."""
+    """The chat template with marks around each answer and its EOS; it renders the same text.
+
+    TRL's `assistant_only_loss` needs them (`chat_template_path` takes the file). They are not in
+    the template that is saved, because the tag is transformers' own: plain jinja2 refuses it, and
+    so do TGI before May 2025 (huggingface/text-generation-inference#3204), vLLM's Rust server
+    before September 2026 (vllm-project/vllm#56378), and others that serve our folders.
+    """
     return template.replace(
         "'<|assistant|>\\n' + message['content'].strip() + eos_token }}",
         "'<|assistant|>\\n' }}{% generation %}{{ message['content'].strip() + eos_token }}"
@@ -215,3 +216,11 @@ def tokenizer_json(tokenizer):
             "merges": ranked_merges(tokenizer),
         },
     }
+
+
+if __name__ == "__main__":
+    with reported():
+        folders = sys.argv[1:]
+        if len(folders) != 1 or "chat_template" not in tokenizer_config(folders[0]):
+            raise InputError(f"{' '.join(folders)}: expected the output folder of one run")
+        print(marked(tokenizer_config(folders[0])["chat_template"]), end="")

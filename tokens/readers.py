@@ -14,7 +14,8 @@ from pathlib import Path
 
 from program.errors import InputError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+ZSTD = ".jsonl.zst"  # one more, where the package zstandard is installed
 # What the package `datasets` and LLaMA-Factory keep beside the data.
 NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 512
@@ -39,7 +40,9 @@ def data_files(paths):
         elif not path.exists():
             raise InputError(f"{path}: no such file or folder")
         elif not is_data(path):
-            raise InputError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+            raise InputError(
+                f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)} or {ZSTD}"
+            )
         elif not path.is_file():
             raise InputError(f"{path}: a pipe or a device, expected a file: it is read twice")
         else:
@@ -72,7 +75,7 @@ def found_in(path):
 
 
 def is_data(path):
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+    return path.name.endswith((*SUFFIXES, ZSTD)) and not path.name.startswith(".")
 
 
 def records(path, fields=None):

@@ -14,10 +14,10 @@ from test_tokenizer import PROPERTY, SNIPPETS, turns
 from transformers import AutoTokenizer
 
 import sft
-from conftest import train_tokenizer
+from conftest import run_program, train_tokenizer
 from program.errors import InputError
 from tokens import bpe
-from tokens.for_transformers import MARKED_TEMPLATE, check_tokenizer, save_tokenizer
+from tokens.for_transformers import check_tokenizer, marked, save_tokenizer
 from tokens.protobuf import field
 from tokens.tokenizer import Tokenizer
 
@@ -147,8 +147,8 @@ def test_padded_batches(served):
 
 def test_marks_for_trl(served):
     """The marked template renders the same text, and transformers' mask is what we train."""
-    ours, (by_transformers, _), theirs = served
-    template = (Path(theirs.name_or_path) / MARKED_TEMPLATE).read_text()
+    ours, _, theirs = served
+    template = marked(theirs.chat_template)
     for contents in (["q", "a"], ["q", " an answer\n", "dog", "x  y", "z"]):
         chat = turns(*contents)
         for prompt in (False, True):
@@ -156,10 +156,10 @@ def test_marks_for_trl(served):
             plain = theirs.apply_chat_template(chat, **flags)
             assert theirs.apply_chat_template(chat, chat_template=template, **flags) == plain
         flags = {"return_dict": True, "return_assistant_tokens_mask": True}
-        marked = theirs.apply_chat_template(chat, chat_template=template, **flags)
+        masked = theirs.apply_chat_template(chat, chat_template=template, **flags)
         ids, trained = ours.encode(chat)
-        assert marked["input_ids"] == ids
-        assert marked["assistant_masks"] == [int(t) for t in trained]
+        assert masked["input_ids"] == ids
+        assert masked["assistant_masks"] == [int(t) for t in trained]
 
 
 def test_plain_jinja2_takes_the_chat_template(served):
@@ -170,9 +170,17 @@ def test_plain_jinja2_takes_the_chat_template(served):
     tokens = {"bos_token": theirs.bos_token, "eos_token": theirs.eos_token}
     text = environment.from_string(theirs.chat_template).render(messages=chat, **tokens)
     assert text == theirs.apply_chat_template(chat, tokenize=False)
-    template = (Path(theirs.name_or_path) / MARKED_TEMPLATE).read_text()
+    template = marked(theirs.chat_template)
     with pytest.raises(jinja2.TemplateSyntaxError, match="unknown tag 'generation'"):
         environment.from_string(template)
+
+
+def test_the_marked_template_is_printed(served):
+    """For a folder that training has saved; another one is refused."""
+    _, _, theirs = served
+    assert run_program("-m", "tokens.for_transformers", theirs.name_or_path) == marked(
+        theirs.chat_template
+    )
 
 
 def test_user_defined_pieces_are_one_token(model, tmp_path):

@@ -2,18 +2,28 @@
 
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
+from checkpoint.config import read_config
 from checkpoint.resume import saved_runs
 from checkpoint.run_folder import read_records
+from checkpoint.weights import load_hf
 from harm import LOG, harmed, recipe
+from model import Llama
+from pairs import their_logps
+from program.ranks import start
 from tokens.documents import Documents
 from tokens.records import encode_conversation
-from training.held_out import drawn
+from training.flags import RunFlags
+from training.held_out import drawn, held_out_logps
+from training.parallel import shard
 
 EVAL_LOG, EVAL = ("training.held_out", "append_record"), ("training.held_out", "summed_logps")
 NOISE = ("seconds", "tokens_per_second", "peak_memory_gib")
@@ -152,12 +162,37 @@ def test_dpo_s_metrics_are_those_of_the_next_update(base, preferences, tmp_path,
     assert abs(measured[3]["rewards/margins"]) > 1e-2
 
 
-def test_measuring_on_two_ranks_changes_nothing_else(flags, tmp_path):
-    """Nor does it where the model is saved right after: FSDP's gathered weights are let go."""
-    flags |= {"epochs": 1, "eval_every": 1}
-    assert harmed(flags, ranks=2) == 0
+def test_log_probabilities_are_transformers(base, conversations, tmp_path):
+    """The sum over each conversation's trained tokens; and the model is left as training has it."""
+    _, _, device = start()
+    config = RunFlags(dtype="bfloat16")
+    with torch.device("meta"):
+        model = Llama(read_config(base))
+    shard(model, config, device)
+    load_hf(model, base)
+    documents = Documents([conversations], base, 999, encode_conversation, tmp_path)
+    run = SimpleNamespace(model=model, held_out=documents, per_epoch=3, last=12)
+    config = SimpleNamespace(eval_every=2, micro_tokens=1000)
+    assert all(held_out_logps(run, config, step, [], device) is None for step in (0, 1, 3))
+    assert held_out_logps(run, config, 2, [15], device) is None  # a signal was received
+    logps = held_out_logps(run, config, 2, [], device)
+    assert model.training and all(isinstance(p, DTensor) for p in model.parameters())
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        expected = their_logps(theirs, documents, range(len(documents)))
+    counts = documents.trained_counts
+    # A log-probability of about -6 in bf16, of 8 bits: each is off by 2^-8 of it at most.
+    assert np.abs((logps - expected).numpy() / counts).max() < 6 * 2**-8
+    assert np.abs(expected.numpy() / counts).min() > 4
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (1, "bfloat16")])
+def test_measuring_a_sharded_model_changes_nothing_else(flags, tmp_path, ranks, dtype):
+    """Though it is saved right after: the weights that FSDP gathered are let go."""
+    flags |= {"epochs": 1, "eval_every": 1, "dtype": dtype}
+    assert harmed(flags, ranks=ranks) == 0
     plain = flags | {"eval_data": None, "eval_every": 0, "out": str(tmp_path / "plain")}
-    assert harmed(plain, ranks=2) == 0
+    assert harmed(plain, ranks=ranks) == 0
     assert len(evals(flags["out"])) == 3
     ours, theirs = (load_file(Path(f["out"]) / "model.safetensors") for f in (flags, plain))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
