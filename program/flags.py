@@ -140,8 +140,8 @@ def check_flags(config):
         raise InputError("--eval-every needs held-out data: --eval-data or --eval-share")
     if config.keep_exports and not config.export_every:
         raise InputError("--keep-exports needs --export-every")
-    every = config.export_every
-    if every not in (None, "epoch") and not (every.isdecimal() and 0 < int(every) < 1 << 63):
+    every = str(config.export_every or "epoch")
+    if every != "epoch" and not (every.isdecimal() and 0 < int(every) < 1 << 63):
         raise InputError(f"--export-every is {every}, expected an integer from 1 up, or epoch")
 
 

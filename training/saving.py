@@ -41,6 +41,12 @@ def exported_steps(run, config):
     return range(every, run.last, every)
 
 
+def exports_at_once(run, config):
+    """How many exported models the disk has to hold: with --keep-exports one more for a moment."""
+    most = config.keep_exports + 1 if config.keep_exports else run.last
+    return min(most, len(exported_steps(run, config)))
+
+
 def export(run, config, step):
     """Write the model of now as the HF folder `OUT/step-…/`, unless the start before this one did.
 

@@ -31,7 +31,7 @@ from tokens.documents import Documents, amount
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 from training.held_out import open_documents
-from training.saving import exported_steps
+from training.saving import exports_at_once
 from training.trackers import check_trackers, finish_trackers, start_trackers
 
 
@@ -87,9 +87,8 @@ def open_run(config, encode_record, pairs=False):
     if rank == 0:
         # Now that the data are known: that of a signal, and those of --save-every.
         saves = (last - 1) // (config.save_every or total)
-        exports = len(exported_steps(run, config))
         need = {"checkpoints": 1 + min(config.keep, saves), "last": last}
-        need["exports"] = min(exports, config.keep_exports + 1 if config.keep_exports else exports)
+        need["exports"] = exports_at_once(run, config)
         check_output(out, facts, model, **need)
         run.lock = lock_output(out)
         try:
