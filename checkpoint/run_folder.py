@@ -106,7 +106,7 @@ def check_same_run(folder, facts, last=math.inf):
 
 def exported_models(folder):
     """The models that --export-every wrote into the output folder, oldest first."""
-    places = Path(folder).glob("step-[0-9]*")
+    places = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(places, key=lambda place: (len(place.name), place.name))
 
 

@@ -49,6 +49,7 @@ def test_after_each_epoch_the_newest_stay(flags):
 def test_exports_of_a_run_that_was_killed(flags, tmp_path):
     """A folder is whole or absent, whatever moment; in the end there are the same models."""
     flags |= {"export_every": "3", "save_every": 2}
+    (Path(flags["out"]) / "step-000099-notes").mkdir(parents=True)  # not ours: it stays
     expected = tmp_path / "expected"
     assert harmed(flags | {"out": str(expected)}) == 0
     for calls, at in (
@@ -63,6 +64,7 @@ def test_exports_of_a_run_that_was_killed(flags, tmp_path):
     assert harmed(flags) == 0
     assert models(flags["out"]) == models(expected)
     assert not list(Path(flags["out"]).rglob("*partial*"))
+    assert (Path(flags["out"]) / "step-000099-notes").is_dir()
 
 
 @pytest.mark.parametrize(
