@@ -109,6 +109,16 @@ def test_what_is_held_out_is_not_trained(base, conversations, tmp_path):
     assert np.array_equal(held_out[1][0][0], documents[i][0][0])
 
 
+def test_a_run_trains_the_rest(base, conversations, tmp_path):
+    """Its one update takes all that is not held out."""
+    flags = recipe(base, conversations, tmp_path / "out") | {"batch_size": 24, "epochs": 1}
+    assert harmed(flags | {"eval_share": 0.3}) == 0
+    documents = Documents([conversations], base, 8192, encode_conversation)
+    chosen = drawn(documents, 42, 0.3)
+    assert update_losses(flags["out"])[1]["tokens"] == documents.lengths[~chosen].sum()
+    assert list(evals(flags["out"])) == [1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
