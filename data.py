@@ -161,10 +161,12 @@ class DataConfig:
     data: list[str] | None = None  # conversations or preference pairs, as for sft.py and dpo.py
     pairs: bool | None = None  # show pairs (default: if the first record has chosen and rejected)
     max_seq_len: int = 8192  # tokens; a longer conversation is cut on the right
+    too_long: str = "cut"  # what becomes of a longer one: cut, drop or error
+    epochs: int = 1  # passes over the data
     batch_size: int = 128  # conversations (pairs) in one update
     micro_tokens: int = 16384  # most tokens in one packed row
     seed: int = 42  # of the order of the data
-    show: int = 3  # conversations (pairs) to print, trained tokens told from the rest
+    show: int | None = None  # print the first so many (default: longest, shortest, a random one)
 
 
 def main(flags):
@@ -180,19 +182,28 @@ def main(flags):
     # Where the data's folder cannot be written, the cache lives as long as this command.
     with tempfile.TemporaryDirectory() as temporary:
         documents = Documents(
-            config.data, config.model, config.max_seq_len, encode_record, temporary, per_record
-        )
+            config.data, config.model, config.max_seq_len, encode_record, temporary, per_record,
+            config.too_long,
+        )  # fmt: skip
         check_micro_tokens(documents, config.micro_tokens)
         print(documents.summary())
-        print(schedule(len(documents), documents.kind, config.batch_size, epochs=1))
+        print(schedule(len(documents), documents.kind, config.batch_size, config.epochs))
         turns, lengths = documents.turns, documents.tokens
         if not pairs:
             print(f"{turns.sum():,} assistant turns, {turns.mean():.2f} a conversation")
         print_lengths(lengths, documents.kind[:-1])
         print_rows(lengths, config, documents.kind)
         tokenizer = loaded_tokenizer(str(config.model))
-        for i in range(min(config.show, len(documents))):
-            print_sequences(tokenizer, next(documents.names([i])), documents[i])
+        for title, i in chosen_to_show(lengths, config):
+            print_sequences(tokenizer, title + next(documents.names([i])), documents[i])
+
+
+def chosen_to_show(lengths, config):
+    """(title, record) of those that are printed; lengths (records,)."""
+    if config.show is not None:
+        return [("", i) for i in range(min(config.show, len(lengths)))]
+    random = np.random.default_rng([config.seed, 0, 2]).integers(len(lengths))
+    return [("longest: ", lengths.argmax()), ("shortest: ", lengths.argmin()), ("random: ", random)]
 
 
 def print_rows(lengths, config, kind):

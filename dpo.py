@@ -15,33 +15,34 @@ from program import threads  # noqa: F401, before torch
 
 # isort: split
 import math
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from checkpoint.resume import resume_run, save_run
+from checkpoint.resume import resume_run
 from checkpoint.run_folder import append_record
 from checkpoint.weights import load_hf, save_hf
-from data import plan_rows, update_count, update_members
+from data import plan_rows, update_members
 from demo import command as demo
 from program.errors import RunError, reported
 from program.flags import parse_args, resolve
-from program.ranks import gather_lists, leave, start, sum_over_ranks
+from program.progress import progress_bar
+from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_pair
 from training import update
-from training.flags import RunFlags
+from training.flags import DataFlags, OutputFlags, RunFlags
+from training.held_out import held_out_logps, log_held_out
 from training.parallel import shard
 from training.reference import answer_logps, reference_logps
+from training.saving import save_or_export, stop_run
 from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class DPOConfig(RunFlags):
+class DPOConfig(RunFlags, DataFlags, OutputFlags):
     """Defaults are Tulu 2+DPO's at every size (EasyLM docs/ai2.md; the paper's appendix B)."""
 
     model: str | None = None  # Hugging Face folder of the SFT model: start and reference
@@ -88,6 +89,13 @@ def pair_metrics(loss, chosen_rewards, rejected_rewards, policy_chosen, policy_r
     }
 
 
+def held_out_means(policy, reference, beta):
+    """What is logged of held-out pairs, from log-probabilities (n, 2): means over the pairs."""
+    loss, *rewards = dpo_loss(*policy.T, *reference.T, beta)
+    metrics = pair_metrics(loss, *rewards, *policy.T)
+    return {name: values.double().mean().item() for name, values in metrics.items()}
+
+
 def check_first_loss(step, loss, config):
     """Raise `RunError` unless the first update's loss is ln 2: policy and reference are one model.
 
@@ -106,22 +114,29 @@ def main(flags):
     config = resolve(DPOConfig(**flags), device)
     run = open_run(config, encode_pair, pairs=True)
     documents, model = run.documents, run.model
-    _, total = update_count(len(documents), config.batch_size, config.epochs)
-    last = min(total, config.max_steps or total)
 
     shard(model, config, device)
     # Before any forward pass: after one under no_grad, parameters() may hold gathered copies.
     optimizer = update.make_optimizer(model, config)
     # The model that training starts from is the reference, so it is loaded for a resumed run, too.
     load_hf(model, config.model)
-    references = reference_logps(model, documents, config, run.facts["weights"], device)  # (n, 2)
+    weights = run.facts["weights"]
+    references = reference_logps(model, documents, config, weights, device)  # (n, 2)
+    held_out = reference_logps(model, run.held_out, config, weights, device)
     first = resume_run(run.out, model, optimizer, config.keep)
-    if rank == 0:
-        start_log(run, config, first, device)
+    start_log(run, config, first, device)
 
     signals, stop = watch_signals(), False  # a signal is noted there, and obeyed after the update
-    bar = tqdm(total=last, initial=first, unit="update", disable=rank > 0, dynamic_ncols=True)
-    for step in range(first, last):
+    bar = progress_bar(total=run.last, initial=first, unit="update", disable=rank > 0)
+    for step in range(first, run.last + 1):
+        # Due after `step` updates, also where a stopped run goes on: held-out loss, saving, export.
+        logps = held_out_logps(run, config, step, signals, device)
+        if logps is not None:
+            log_held_out(run, step, held_out_means(logps, held_out, config.beta), bar)
+        stop = save_or_export(run, config, step, first, optimizer, stop, signals)
+        if stop or step == run.last:
+            break
+
         # The batch: the update's pairs, the same on all ranks, and this rank's rows of them.
         started = time.perf_counter()
         epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
@@ -151,7 +166,7 @@ def main(flags):
         check_first_loss(step, metrics["loss"], config)
 
         # The rate, and the step.
-        lr = update.learning_rate(step, total, config.lr, config.warmup_ratio)
+        lr = update.learning_rate(step, run.total, config.lr, config.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -159,8 +174,7 @@ def main(flags):
 
         # Log.
         seconds = time.perf_counter() - started
-        record = {"step": step + 1, "epoch": epoch + 1, **metrics}
-        record |= {"lr": lr, "grad_norm": grad_norm}
+        record = {"step": step + 1, "epoch": epoch + 1, **metrics, "lr": lr, "grad_norm": grad_norm}
         record |= update.measurements(model.config, documents, pairs, seconds, device, world)
         record["pairs_per_second"] = len(pairs) / seconds
         bar.set_postfix_str(update.bar_text(record), refresh=False)
@@ -168,17 +182,9 @@ def main(flags):
         if rank == 0:
             append_record(run.metrics, record)
 
-        # Save.
-        if stop or (config.save_every and (step + 1) % config.save_every == 0 and step + 1 < last):
-            save_run(run.out, step + 1, model, optimizer, config.keep, run.facts)
-        if stop:
-            break
     bar.close()
     if stop:
-        if rank == 0:
-            print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
-        sys.exit(128 + gather_lists(signals)[0])
-
+        stop_run(run, step, signals)
     save_hf(model, run.tokenizer, config.model, run.out, documents.lengths.max())
     finish_run(run, config)
 

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from checkpoint.config import read_config
 from checkpoint.weights import weight_files
@@ -36,6 +35,7 @@ from demo.compare import newest_model
 from program.errors import InputError, reported
 from program.files import hold, whole_lines
 from program.flags import check_bounds, parse_args
+from program.progress import progress_bar
 from program.ranks import gather_lists, leave, start
 from tokens import readers
 from tokens.shapes import plain_messages, text_of
@@ -198,7 +198,7 @@ def answer_file(generator, records, prompts, out, sampling):
         lines = whole_lines(partial)
         os.truncate(partial, sum(map(len, lines)))
     (done,) = gather_lists([len(lines)] if rank == 0 else [])
-    bar = tqdm(total=len(records), initial=done, unit="prompt", disable=rank > 0)
+    bar = progress_bar(total=len(records), initial=done, unit="prompt", disable=rank > 0)
     cut_off = 0
     chunk = 4 * generator.slots * world  # prompts between two writes
     for begin in range(done, len(records), chunk):

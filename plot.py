@@ -27,13 +27,15 @@ from program.errors import InputError, reported
 
 
 def plot_sft(metrics_path, png_path, note=""):
-    """Loss of every update, its mean over a hundredth of the run, and the learning rate."""
+    """Loss of every update, its mean over a hundredth of the run, and the learning rate; and the
+    loss on held-out data."""
     start, updates = read_metrics(metrics_path, "loss", "lr")
     steps, losses = [r["step"] for r in updates], [r["loss"] for r in updates]
     figure, (upper, lower) = plt.subplots(
         2, 1, sharex=True, figsize=(8, 4.5), height_ratios=(3, 1), layout="constrained"
     )
     curve(upper, steps, losses)
+    points(upper, metrics_path, "loss")
     upper.set(ylabel="loss, nats per trained token", title=title(start, "conversations", note))
     upper.grid(alpha=0.3)
     upper.set_ylim(bottom=0)
@@ -43,13 +45,15 @@ def plot_sft(metrics_path, png_path, note=""):
 
 
 def plot_dpo(metrics_path, png_path, note=""):
-    """Loss, margin of the rewards and accuracy of every update, each with its mean."""
+    """Loss, margin of the rewards and accuracy of every update, each with its mean, and those of
+    held-out pairs."""
     names = ("loss", "rewards/margins", "rewards/accuracies")
     start, updates = read_metrics(metrics_path, *names)
     figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 6), layout="constrained")
     labels = ("loss, nats per pair", "reward margin, nats", "reward accuracy")
     for axis, name, label in zip(axes, names, labels, strict=True):
         curve(axis, [r["step"] for r in updates], [r[name] for r in updates])
+        points(axis, metrics_path, name)
         axis.set(ylabel=label)
         axis.grid(alpha=0.3)
     axes[0].axhline(math.log(2), color="C7", linestyle=":")  # policy = reference
@@ -62,7 +66,7 @@ def read_metrics(path, *names):
     """The last start and all updates of a metrics.jsonl whose updates have these fields."""
     records = read_records(Path(path))
     starts = [record for record in records if record.get("event") == "start"]
-    updates = [record for record in records if "step" in record]
+    updates = [record for record in records if "step" in record and "event" not in record]
     if not starts or not updates:
         raise InputError(f"{path}: no start or no update in it, expected a metrics.jsonl")
     if missing := [name for name in names if name not in updates[0]]:
@@ -80,6 +84,15 @@ def curve(axis, steps, values):
         axis.legend()
     else:
         axis.plot(steps, values, color="C0")
+
+
+def points(axis, path, name):
+    """What was measured on held-out data, where anything was."""
+    held_out = [r for r in read_records(Path(path)) if r.get("event") == "eval" and name in r]
+    if held_out:
+        steps, values = [r["step"] for r in held_out], [r[name] for r in held_out]
+        axis.plot(steps, values, color="C3", marker="o", markersize=4, label="held out")
+        axis.legend()
 
 
 def title(start, examples, note=""):

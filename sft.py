@@ -13,31 +13,33 @@ Source: Ivison et al. 2023 (arXiv 2311.10702), appendix B; EasyLM llama_train.py
 from program import threads  # noqa: F401, before torch
 
 # isort: split
-import sys
+import math
 import time
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from checkpoint.resume import resume_run, save_run
+from checkpoint.resume import resume_run
 from checkpoint.run_folder import append_record
 from checkpoint.weights import load_hf, save_hf
-from data import pack_row, plan_rows, update_count, update_members
+from data import pack_row, plan_rows, update_members
 from demo import command as demo
 from program.errors import reported
 from program.flags import parse_args, resolve
-from program.ranks import gather_lists, leave, start, sum_over_ranks
+from program.progress import progress_bar
+from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
-from training.flags import RunFlags
+from training.flags import DataFlags, OutputFlags, RunFlags
+from training.held_out import held_out_logps, log_held_out
 from training.parallel import shard
+from training.saving import save_or_export, stop_run
 from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class SFTConfig(RunFlags):
+class SFTConfig(RunFlags, DataFlags, OutputFlags):
     """Defaults are Tulu 2 7B's (EasyLM docs/ai2.md; the paper's appendix B). 70B: lr 1e-5."""
 
     model: str | None = None  # Hugging Face folder of the Llama to start from
@@ -56,13 +58,17 @@ class SFTConfig(RunFlags):
     seed: int = 42  # of the order of the data
 
 
+def held_out_loss(logps, documents):
+    """What is logged of held-out conversations, from their answers' log-probabilities (n, 1)."""
+    loss = -logps.sum().item() / documents.trained_counts.sum()
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # at most what a float holds
+
+
 def main(flags):
     rank, world, device = start()
     config = resolve(SFTConfig(**flags), device)
     run = open_run(config, encode_conversation)
     documents, model = run.documents, run.model
-    _, total = update_count(len(documents), config.batch_size, config.epochs)
-    last = min(total, config.max_steps or total)
 
     # Sharded before it has memory, so that no rank ever holds the whole model.
     shard(model, config, device)
@@ -70,12 +76,19 @@ def main(flags):
     first = resume_run(run.out, model, optimizer, config.keep)
     if first == 0:
         load_hf(model, config.model)
-    if rank == 0:
-        start_log(run, config, first, device)
+    start_log(run, config, first, device)
 
     signals, stop = watch_signals(), False  # a signal is noted there, and obeyed after the update
-    bar = tqdm(total=last, initial=first, unit="update", disable=rank > 0, dynamic_ncols=True)
-    for step in range(first, last):
+    bar = progress_bar(total=run.last, initial=first, unit="update", disable=rank > 0)
+    for step in range(first, run.last + 1):
+        # Due after `step` updates, also where a stopped run goes on: held-out loss, saving, export.
+        logps = held_out_logps(run, config, step, signals, device)
+        if logps is not None:
+            log_held_out(run, step, held_out_loss(logps, run.held_out), bar)
+        stop = save_or_export(run, config, step, first, optimizer, stop, signals)
+        if stop or step == run.last:
+            break
+
         # The batch: the update's conversations, the same on all ranks, and this rank's rows.
         started = time.perf_counter()
         epoch, members = update_members(len(documents), config.batch_size, config.seed, step)
@@ -99,7 +112,7 @@ def main(flags):
         update.check_finite(step + 1, loss, grad_norm, documents, members)
 
         # The rate, and the step.
-        lr = update.learning_rate(step, total, config.lr, config.warmup_ratio)
+        lr = update.learning_rate(step, run.total, config.lr, config.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -115,16 +128,9 @@ def main(flags):
         if rank == 0:
             append_record(run.metrics, record)
 
-        # Save.
-        if stop or (config.save_every and (step + 1) % config.save_every == 0 and step + 1 < last):
-            save_run(run.out, step + 1, model, optimizer, config.keep, run.facts)
-        if stop:
-            break
     bar.close()
     if stop:
-        if rank == 0:
-            print(f"stopped by a signal after update {step + 1:,}; the same command continues it")
-        sys.exit(128 + gather_lists(signals)[0])
+        stop_run(run, step, signals)
 
     save_hf(model, run.tokenizer, config.model, run.out, documents.lengths.max())
     finish_run(run, config)

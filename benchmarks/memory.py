@@ -85,7 +85,7 @@ def run(program, config, folder, data, batch_size, row):
         if done.returncode:
             raise RunError(f"{program} failed: {done.stderr[-2000:]}")
         records = [json.loads(line) for line in (Path(out) / "metrics.jsonl").open()]
-    updates = [record for record in records if "step" in record]
+    updates = [record for record in records if "step" in record and "event" not in record]
     tokens = [update["tokens"] for update in updates]
     assert tokens == [row] * UPDATES, f"{program}: updates of {tokens} tokens, expected {row} each"
     return [update["peak_memory_gib"] for update in updates]

@@ -22,23 +22,27 @@ def model_bytes(model):
     return 2 * sum(parameter.numel() for parameter in model.parameters())
 
 
-def check_space(folder, model, checkpoints):
-    """Raise `InputError` unless the disk takes the model and so many `checkpoints` at once.
+def check_space(folder, model, checkpoints, exports=0):
+    """Raise `InputError` unless the disk takes the model, `checkpoints` and `exports` at once.
+
+    exports: how many models on the way.
 
     What an interrupted run's folder holds already counts as free: the new ones take its place.
     """
     parent = Path(folder)
     while not parent.exists():
         parent = parent.parent
-    needed = model_bytes(model) + checkpoints * checkpoint_bytes(model)
+    needed = (1 + exports) * model_bytes(model) + checkpoints * checkpoint_bytes(model)
     free = shutil.disk_usage(parent).free
-    held = sum(map(folder_bytes, (Path(folder) / "checkpoints", Path(folder) / "hf.partial")))
+    own = [Path(folder) / name for name in ("checkpoints", "hf.partial", "export.partial")]
+    held = sum(map(folder_bytes, [*own, *Path(folder).glob("step-[0-9]*")]))
     if free + held < needed:
         there = f" and {gigabytes(held)} in its checkpoints" if held else ""
         several = f"{checkpoints} resumable checkpoints; a smaller --keep needs less"
+        models = f" and {exports} on the way (--keep-exports keeps fewer)" if exports else ""
         raise InputError(
             f"--out {folder}: {gigabytes(free)} free{there}, expected {gigabytes(needed)} for the "
-            f"model and {several if checkpoints > 1 else 'one resumable checkpoint'}"
+            f"model{models} and {several if checkpoints > 1 else 'one resumable checkpoint'}"
         )
 
 

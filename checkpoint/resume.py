@@ -74,10 +74,10 @@ def drop_older(folder, place, keep):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_checkpoints(folder):
-    """Remove all resumable state of a run; what else stands in `checkpoints/` stays."""
+def remove_checkpoints(folder, but_newest=False):
+    """Remove a run's resumable state, or all but the newest; what else stands there stays."""
     checkpoints = Path(folder) / "checkpoints"
-    for place in [*saved_runs(folder), checkpoints / "partial"]:
+    for place in [*saved_runs(folder)[but_newest:], checkpoints / "partial"]:
         shutil.rmtree(place, ignore_errors=True)
     with contextlib.suppress(OSError):  # there is none, or something else is in it
         checkpoints.rmdir()

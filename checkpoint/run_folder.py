@@ -6,6 +6,7 @@ checkpoints.
 
 import contextlib
 import json
+import math
 import operator
 import os
 from pathlib import Path
@@ -16,14 +17,16 @@ from program.errors import InputError, RunError
 from program.files import hold, hold_file, written_aside
 
 
-def check_output(folder, facts, model, checkpoints=1):
+def check_output(folder, facts, model, checkpoints=1, exports=0, last=math.inf):
     """Raise `InputError` unless this run may write to `folder`. Nothing is written here.
 
-    The folder must be new or hold an interrupted run with the same `facts` (see `open_run`), and
-    the disk must have room for the model and so many `checkpoints`: at least that of a signal.
+    The folder must be new or hold a run with the same `facts` (see `open_run`) that was
+    interrupted, or that --max-steps ended before update `last`, with which this one ends. The disk
+    must have room for the model, so many `checkpoints`, at least that of a signal, and so many
+    models on the way, `exports`.
     """
     folder = Path(folder)
-    check_same_run(folder, facts)
+    check_same_run(folder, facts, last)
     parent = folder
     while not parent.exists():
         parent = parent.parent
@@ -31,7 +34,7 @@ def check_output(folder, facts, model, checkpoints=1):
         raise InputError(f"--out {folder}: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise InputError(f"--out {folder}: {parent} cannot be written")
-    check_space(folder, model, checkpoints)
+    check_space(folder, model, checkpoints, exports)
 
 
 # Files that would override what is saved beside them, and those that saving would overwrite.
@@ -53,11 +56,11 @@ OVERWRITTEN = (
 )
 
 
-def check_same_run(folder, facts):
+def check_same_run(folder, facts, last=math.inf):
     """Raise `InputError` if `folder` holds a finished run, a model, or a run with other facts.
 
     Both the log and the checkpoints say what run is theirs; a checkpoint from before they did is
-    taken to be the log's.
+    taken to be the log's. A run that --max-steps ended before update `last` can go on.
     """
     log = folder / "metrics.jsonl"
     for name in OVERRIDING:
@@ -67,22 +70,44 @@ def check_same_run(folder, facts):
                 "expected a new folder or an interrupted run's"
             )
     # A run that was killed while its model moved in has such files there, but no config.json yet.
-    for name in ("config.json", *(() if log.exists() else OVERWRITTEN)):
-        if (folder / name).exists():
-            raise InputError(
-                f"--out {folder}: holds a finished run or a model ({name}), expected a "
-                "new folder or an interrupted run's"
-            )
-    runs = [(log.name, next(iter(read_records(log)), {}).get("run"))] if log.exists() else []
+    models = [path.name for path in exported_models(folder)]
+    found = ["config.json", *([] if log.exists() else [*OVERWRITTEN, *models])]
+    found = next((name for name in found if (folder / name).exists()), None)
+    records = read_records(log) if log.exists() else []
+    runs = [(log.name, next(iter(records), {}).get("run"))] if log.exists() else []
     runs += recorded_facts(folder, runs[0][1] if runs else None)
-    for place, recorded in runs:
-        recorded = recorded if isinstance(recorded, dict) else {}
-        for name, value in facts.items():
-            if recorded.get(name) != value:
-                raise InputError(
-                    f"--out {folder}: holds a different run, with {name} "
-                    f"{recorded.get(name)!r} where this one has {value!r} (in {place})"
-                )
+    others = [
+        (name, (recorded if isinstance(recorded, dict) else {}).get(name), place)
+        for place, recorded in runs
+        for name in facts
+        if not isinstance(recorded, dict) or recorded.get(name) != facts[name]
+    ]
+    done = max((record.get("step", 0) for record in records), default=0)
+    ended_early = (folder / "checkpoints" / f"step-{done:06}").is_dir()
+    if found and (others or not ended_early or done >= last):
+        advice = ""
+        if {name for name, *_ in others} == {"epochs"}:
+            advice = (
+                f"; with --epochs {facts['epochs']} in place of {others[0][1]} every learning rate "
+                f"would have been another. To train on, begin with its result: --model {folder}"
+            )
+        elif not others and ended_early:
+            advice = f"; it ended after {done:,} updates, and a larger --max-steps goes on with it"
+        raise InputError(
+            f"--out {folder}: holds a finished run or a model ({found}), expected a new folder or "
+            f"an interrupted run's{advice}"
+        )
+    for name, value, place in others:
+        raise InputError(
+            f"--out {folder}: holds a different run, with {name} {value!r} where this one has "
+            f"{facts[name]!r} (in {place})"
+        )
+
+
+def exported_models(folder):
+    """The models that --export-every wrote into the output folder, oldest first."""
+    places = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+    return sorted(places, key=lambda place: (len(place.name), place.name))
 
 
 def lock_output(folder, patience=15):
@@ -116,9 +141,14 @@ def unlock_output(folder, lock):
 def start_records(path, steps, record):
     """Begin metrics.jsonl with the start record, or continue it after update number `steps`.
 
-    Records of later updates are dropped: a resumed run makes them again.
+    Records of what came later are dropped: a resumed run makes them again. So it does with the
+    held-out loss after that very update, which a run that ended there may have had alone.
     """
-    kept = [r for r in read_records(path) if r.get("step", 0) <= steps] if path.exists() else []
+    kept = [
+        record
+        for record in (read_records(path) if path.exists() else [])
+        if record.get("step", 0) < steps + (record.get("event") != "eval")
+    ]
     with log_errors(path), written_aside(path) as file:
         file.writelines(json.dumps(r) + "\n" for r in [*kept, record])
 

@@ -24,7 +24,7 @@ from checkpoint.resume import saved_runs
 from program.errors import InputError
 from program.files import digest, fsync
 from program.ranks import gather_lists, own_share, raise_together
-from tokens.for_transformers import save_tokenizer
+from tokens.for_transformers import pad_token, save_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut them
 FLOATS = ("F32", "F16", "BF16")
@@ -239,6 +239,7 @@ def write_configs(tokenizer, source, folder, longest=0):
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    special["pad_token_id"] = tokenizer.sp.piece_to_id(pad_token(tokenizer, source))
     config |= special | {"architectures": ["LlamaForCausalLM"], "use_cache": True}
     if longest > read_config(source).max_position_embeddings:
         config["max_position_embeddings"] = int(longest)

@@ -7,6 +7,7 @@ through can be watched on a laptop in two minutes, without a download:
                conversations.jsonl ──► sft.py ──► a model that solves the tasks
                preferences.jsonl   ──► dpo.py ──► a model that also answers in whole sentences
                held_out.jsonl      ──► compare(): what each of the two taught
+               held_out_*.jsonl    ──► the same with answers: the loss on what is not trained
 
 The tasks are small, and a program can tell right from wrong: pick the animal, or the largest
 number, from a list; sort the list. Some conversations begin with a system message that changes
@@ -38,6 +39,8 @@ FOLDER = Path("runs/demo")
 SFT = {
     "model": f"{FOLDER}/base",
     "data": [f"{FOLDER}/conversations.jsonl"],
+    "eval_data": [f"{FOLDER}/held_out_conversations.jsonl"],
+    "eval_every": 100,
     "out": f"{FOLDER}/sft",
     "epochs": 2,
     "batch_size": 32,
@@ -49,6 +52,8 @@ SFT = {
 DPO = SFT | {
     "model": f"{FOLDER}/sft",
     "data": [f"{FOLDER}/preferences.jsonl"],
+    "eval_data": [f"{FOLDER}/held_out_preferences.jsonl"],
+    "eval_every": 25,
     "out": f"{FOLDER}/dpo",
     "epochs": 1,
     "batch_size": 32,
@@ -169,25 +174,38 @@ def make(folder: Path = FOLDER) -> None:
         held_out += itertools.islice(of_kind, HELD_OUT)
     lists = {row["about"] for row in held_out}
     fresh = (row for row in drawn if row["about"] not in lists)
-    conversations = [
-        {"dataset": "demo", "id": f"demo_{i}", "messages": row["messages"]}
-        for i, row in enumerate(itertools.islice(fresh, CONVERSATIONS))
-    ]
-    pairs = []
-    for i, row in enumerate(itertools.islice(fresh, PAIRS)):
-        *context, _ = row["messages"]
-        chosen, rejected = assistant(sentence(row["answer"])), assistant(row["answer"])
-        pair = {"prompt": context[-1]["content"], "prompt_id": f"demo_{i}"}
-        pairs.append(pair | {"chosen": [*context, chosen], "rejected": [*context, rejected]})
+    conversations = as_conversations(itertools.islice(fresh, CONVERSATIONS))
+    pairs = as_pairs(itertools.islice(fresh, PAIRS))
     prompts = [row | {"messages": row["messages"][:-1]} for row in held_out]
 
     base = Path(folder) / "base"
     base.mkdir(parents=True, exist_ok=True)
     write_lines(base.parent / "held_out.jsonl", prompts)
+    write_lines(base.parent / "held_out_conversations.jsonl", as_conversations(held_out))
+    write_lines(base.parent / "held_out_preferences.jsonl", as_pairs(held_out))
     write_lines(base.parent / "conversations.jsonl", conversations)
     write_lines(base.parent / "preferences.jsonl", pairs)
     make_tokenizer(base, conversations)
     make_model(base)
+
+
+def as_conversations(rows):
+    """The records that SFT takes."""
+    return [
+        {"dataset": "demo", "id": f"demo_{i}", "messages": row["messages"]}
+        for i, row in enumerate(rows)
+    ]
+
+
+def as_pairs(rows):
+    """The records that DPO takes: the sentence is chosen, the bare word rejected."""
+    pairs = []
+    for i, row in enumerate(rows):
+        *context, _ = row["messages"]
+        chosen, rejected = assistant(sentence(row["answer"])), assistant(row["answer"])
+        pair = {"prompt": context[-1]["content"], "prompt_id": f"demo_{i}"}
+        pairs.append(pair | {"chosen": [*context, chosen], "rejected": [*context, rejected]})
+    return pairs
 
 
 def write_lines(path, records):

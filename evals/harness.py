@@ -25,10 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 
 from program.errors import InputError
 from program.files import written_aside
+from program.progress import progress_bar
 from program.ranks import gather_lists
 from tokens import readers
 
@@ -78,8 +78,8 @@ class Records:
                 file=sys.stderr,
             )
         self.done = len(items) - len(left)
-        self.bar = tqdm(total=len(items), initial=self.done, desc=self.task,
-                        unit="item", disable=rank > 0, dynamic_ncols=True)  # fmt: skip
+        self.bar = progress_bar(total=len(items), initial=self.done, desc=self.task,
+                                unit="item", disable=rank > 0)  # fmt: skip
         for _, group in itertools.groupby(left, lambda item: group_by and item[group_by]):
             group = list(group)
             for begin in range(0, len(group), per_rank * world):

@@ -30,6 +30,9 @@ BOUNDS = {
     "max_steps": (0, math.inf),
     "save_every": (0, math.inf),
     "keep": (1, math.inf),
+    "eval_share": (0, 1),
+    "eval_every": (0, math.inf),
+    "keep_exports": (0, math.inf),
     "seed": (0, 2**63),
     "show": (0, math.inf),
     "slots": (1, math.inf),
@@ -39,10 +42,15 @@ BOUNDS = {
     "top_p": (0, 1),
     "max_new_tokens": (1, math.inf),
 }
-EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}  # bounds that are not allowed
+# Bounds that are not allowed.
+EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "eval_share": 1, "top_p": 0}
+
+# What a flag that is a word may say.
+WORDS = {"dtype": ("bfloat16", "float32"), "too_long": ("cut", "drop", "error")}
 
 # Flags that say how a run is carried out: it may be continued with other values. (The model is
-# compared by its real path, the data by their content.)
+# compared by its real path; the data, with what `too_long` and `eval_share` leave of them, by their
+# content.)
 MAY_CHANGE_ON_RESUME = {
     "model",
     "data",
@@ -54,6 +62,14 @@ MAY_CHANGE_ON_RESUME = {
     "keep_checkpoints",
     "recompute",
     "compile",
+    "too_long",
+    "eval_data",
+    "eval_share",
+    "eval_every",
+    "export_every",
+    "keep_exports",
+    "tensorboard",
+    "wandb",
 }
 
 MAY_BE_EMPTY = {"prompt", "system"}  # texts
@@ -118,15 +134,24 @@ def check_flags(config):
     check_bounds(config)
     if (config.model is None) != (config.data is None):
         raise InputError("--model and --data go together (with neither, the demo runs)")
+    if config.eval_data and config.eval_share:
+        raise InputError("--eval-data and --eval-share are both given, expected one of them")
+    if config.eval_every and not (config.eval_data or config.eval_share):
+        raise InputError("--eval-every needs held-out data: --eval-data or --eval-share")
+    if config.keep_exports and not config.export_every:
+        raise InputError("--keep-exports needs --export-every")
+    every = str(config.export_every or "epoch")
+    if every != "epoch" and not (every.isdecimal() and 0 < int(every) < 1 << 63):
+        raise InputError(f"--export-every is {every}, expected an integer from 1 up, or epoch")
 
 
 def check_bounds(config):
-    """Raise `InputError` for a flag of any script outside its `BOUNDS`, or a bad --dtype."""
-    dtype = getattr(config, "dtype", None)
-    if dtype not in (None, "bfloat16", "float32"):
-        raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
+    """Raise `InputError` for a flag of any script outside its `BOUNDS` or `WORDS`."""
     for name, value in dataclasses.asdict(config).items():
-        if name not in BOUNDS:
+        if name in WORDS and value not in (None, *WORDS[name]):
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} is {value}, expected {' or '.join(WORDS[name])}")
+        if name not in BOUNDS or value is None:
             continue
         low, high = BOUNDS[name]
         too_large = value >= (1 << 63 if isinstance(value, int) else math.inf)  # int64, or inf

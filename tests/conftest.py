@@ -78,7 +78,7 @@ def run_program(name, *flags, ranks=None):
 def updates(out):
     """The records of the updates in the metrics.jsonl of a run."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if "step" in record]
+    return [record for record in records if "step" in record and "event" not in record]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 
 import numpy as np
 import pyarrow
@@ -336,6 +337,34 @@ def test_truncation_and_skipping_are_counted(base, conversations, most):
     assert f"{documents.truncated} truncated, {documents.skipped} without" in documents.summary()
 
 
+def test_longer_ones_may_be_left_out_or_refused(base, conversations):
+    """Instead of cut; those that fit are as they were, and it is another set of data."""
+    most, tokenizer = 57, Tokenizer(base)
+    lines = conversations.read_text().splitlines()
+    lengths = [len(tokenizer.encode(json.loads(line)["messages"])[0]) for line in lines]
+    fit = [k for k, length in enumerate(lengths, 1) if length <= most]
+    cut, drop = (
+        Documents([conversations], base, most, encode_conversation, too_long=how)
+        for how in ("cut", "drop")
+    )
+    assert 0 < len(fit) < len(cut)
+    assert drop.numbers[:, 0].tolist() == fit
+    assert (drop.dropped, drop.truncated, drop.skipped) == (24 - len(fit), 0, 0)
+    assert f" 0 truncated, {24 - len(fit)} longer ones left out, 0 without" in drop.summary()
+    assert drop.key != cut.key
+    first = next(k for k, length in enumerate(lengths, 1) if length > most)
+    message = f"conversations.jsonl:{first}: {lengths[first - 1]} tokens, expected at most {most}"
+    with pytest.raises(InputError, match=message):
+        Documents([conversations], base, most, encode_conversation, too_long="error")
+    whole = [
+        Documents([conversations], base, max(lengths), encode_conversation, too_long=how)
+        for how in ("cut", "drop", "error")
+    ]
+    assert len({documents.key for documents in whole}) == 1
+    with pytest.raises(InputError, match="--too-long drop leaves out 24"):
+        Documents([conversations], base, 5, encode_conversation, too_long="drop")
+
+
 def test_several_files_and_folders_are_one_data_set(base, tmp_path):
     """In the order given, folders by name; a document's name says where it stood."""
     (tmp_path / "folder").mkdir()
@@ -464,6 +493,26 @@ def test_what_data_py_says_of_rows_and_turns(base, conversations, capsys):
     assert f"{conversations}:2" not in shown
 
 
+def test_data_py_shows_the_longest_the_shortest_and_another(base, conversations, capsys):
+    """By --seed; of one of more than 2,000 tokens the middle is left out."""
+    flags = {"model": str(base), "data": [str(conversations)], "batch_size": 8}
+    shown = []
+    for seed in (0, 0, 1):
+        data.main(flags | {"seed": seed, "epochs": 3})
+        shown.append(capsys.readouterr().out)
+    documents = Documents([conversations], base, 8192, encode_conversation)
+    lengths = documents.lengths[:, 0]
+    for title, i in (("longest", lengths.argmax()), ("shortest", lengths.argmin())):
+        place = f"{conversations}:{i + 1} (id made-up-{i})"
+        assert f"\n{title}: {place}, {lengths[i]} tokens:\n<s> " in shown[0]
+    assert "9 updates of 8 conversations, 3 an epoch\n" in shown[0]
+    others = [text[text.index("\nrandom: ") :] for text in shown]
+    assert others[0] == others[1] != others[2]
+    ids, trained = np.arange(300).repeat(10) % 300 + 3, np.zeros(3000, bool)
+    text = highlight(Tokenizer(base), ids, trained)
+    assert "\n… 1,000 tokens …\n" in text
+
+
 # ---- Readers
 
 
@@ -477,6 +526,9 @@ def write_as(suffix, folder):
         path.write_bytes(lines)
     elif suffix == ".jsonl.gz":
         path.write_bytes(gzip.compress(lines))
+    elif suffix == ".jsonl.zst":  # two frames, as of files put together
+        zstandard = pytest.importorskip("zstandard")
+        path.write_bytes(zstandard.compress(lines[:999]) + zstandard.compress(lines[999:]))
     elif suffix == ".json":
         path.write_text(json.dumps(RECORDS, indent=1))
     else:
@@ -492,7 +544,7 @@ def read(path):
     ]
 
 
-@pytest.mark.parametrize("suffix", readers.SUFFIXES)
+@pytest.mark.parametrize("suffix", [*readers.SUFFIXES, readers.ZSTD])
 def test_every_kind_of_file_gives_the_same_records(suffix, tmp_path):
     """In order, numbered from 1, over several batches, the share read rising to 1."""
     path = write_as(suffix, tmp_path)
@@ -509,6 +561,45 @@ def test_batches_are_bounded_in_records_and_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "BATCH_BYTES", 20)
     batches = [(first, len(records)) for first, records, _ in read_batches(path)]
     assert batches == [(1, 3), (4, 3), (7, 3), (10, 4), (14, 4), (18, 3)]
+
+
+def test_a_zstd_file_that_is_not_whole(tmp_path, monkeypatch):
+    """Cut short, or of another kind; or without the package that reads it."""
+    path = write_as(".jsonl.zst", tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
+    with pytest.raises(InputError, match="data.jsonl.zst:.*: not a whole zstd file"):
+        read(path)
+    path.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(InputError, match="not a whole zstd file"):
+        read(path)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(InputError, match="reading it needs zstandard: pip install zstandard"):
+        read(path)
+
+
+def test_a_cloned_data_set(base, tmp_path):
+    """Its files stand one folder down; what the Hub's programs keep beside them is no data."""
+    for name in ("data", ".git", "README"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    (tmp_path / "data" / "dataset_info.json").write_text('{"features": {}}')
+    (tmp_path / ".git" / "x.jsonl").write_text("no data")
+    paths = [write(tmp_path / "data" / f"{k}.jsonl", chat("q", "a")) for k in "ab"]
+    assert data_files([tmp_path]) == data_files([tmp_path / "data"]) == paths
+    assert data_files([tmp_path / "dataset_infos.json"]) == [tmp_path / "dataset_infos.json"]
+    documents = Documents([tmp_path], base, 99, encode_conversation)
+    first, second = documents.summary().splitlines()
+    skipped = "skipped, as no data: dataset_infos.json, dataset_info.json"
+    assert first == f"{tmp_path}: data/a.jsonl, data/b.jsonl; {skipped}"
+    assert second.startswith("2 conversations, ")
+    write(tmp_path / "own.jsonl", chat("q", "a"))
+    assert data_files([tmp_path]) == [tmp_path / "own.jsonl"]
+    (tmp_path / "own.jsonl").unlink()
+    for path in paths:
+        path.unlink()
+    with pytest.raises(InputError, match="no .jsonl, .* file in this folder, nor in a folder in"):
+        data_files([tmp_path])
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json"])

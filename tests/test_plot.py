@@ -54,6 +54,23 @@ def test_runs(tmp_path, updates, draw):
     assert image.std() > 0.01  # not one colour
 
 
+@pytest.mark.parametrize("draw", [plot.plot_sft, plot.plot_dpo])
+def test_held_out_data_are_points_of_their_own(tmp_path, drawn, draw):
+    """Among the updates, of which none is lost by them."""
+    log = tmp_path / "metrics.jsonl"
+    write_log(log, 5)
+    text = log.read_text()
+    measured = {"loss": 0.7, "rewards/margins": 0.8, "rewards/accuracies": 0.9}
+    lines = [json.dumps({"event": "eval", "step": k} | measured) + "\n" for k in (2, 4)]
+    log.write_text(text[: text.rindex("\n") + 1] + "".join(lines))
+    axes = drawn(draw, log, tmp_path / "run.png")
+    axes = axes if draw is plot.plot_dpo else axes[:1]
+    for axis, value in zip(axes, list(measured.values())[: len(axes)], strict=True):
+        updates, held_out = points(axis)[:2]
+        assert [x for x, _ in updates] == [1, 2, 3, 4, 5]
+        assert held_out == [(2, value), (4, value)]
+
+
 def test_every_update_of_sft_is_drawn(tmp_path, drawn):
     """Loss and learning rate by update, under labels with their units and a title."""
     start = write_log(tmp_path / "metrics.jsonl", 5)

@@ -1,5 +1,6 @@
 """The records of data files as token sequences, memory-mapped: what data.py packs into rows."""
 
+import copy
 import hashlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from tokens.token_cache import token_cache
 
 
 class Documents:
-    """The records of some data files as token sequences, cut to `max_seq_len`.
+    """The records of some data files as token sequences of at most `max_seq_len` tokens.
 
     A record is `per_record` sequences: one for a conversation, two for a pair (chosen, rejected).
     `encode_record(record, tokenizer)` makes them, a list of `(ids, trained)`. Records in which a
@@ -19,7 +20,8 @@ class Documents:
     prompt, which stands in a packed row once.
 
     model_folder: of the tokenizer. fallback: the folder for the token cache where the data's cannot
-    be written. documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
+    be written. too_long: a record with a longer sequence is "cut" on the right, left out ("drop"),
+    or an "error". documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
     In memory, int64: lengths, trained_counts and shared (records, per_record), of each sequence its
     tokens, those that are trained, and those at its head that it shares with the first sequence;
     tokens and squares (records,), the tokens that a record takes in a row, and the sum of the
@@ -28,9 +30,10 @@ class Documents:
     """
 
     def __init__(
-        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1
-    ):
-        self.paths = readers.data_files(paths)
+        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1,
+        too_long="cut",
+    ):  # fmt: skip
+        self.given, self.paths = paths, readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [{n: np.asarray(a) for n, a in arrays.items()} for arrays, _ in caches]
         self.key = hashlib.sha256(" ".join(key for _, key in caches).encode()).hexdigest()
@@ -49,29 +52,32 @@ class Documents:
             trained[i] = np.count_nonzero(mask)
         columns = np.stack([file, start, lengths, trained, turns, numbers, prompts])
         columns = columns.reshape(len(columns), -1, per_record)  # (7, records, per_record)
-        trains = (columns[3] > 0).all(1)
-        self.truncated = int((tokens > max_seq_len).reshape(-1, per_record).any(1).sum())
-        self.skipped = int((~trains).sum())
+        over = (tokens > max_seq_len).reshape(-1, per_record).any(1)
+        if too_long == "error" and over.any():
+            i = int(over.argmax())
+            raise InputError(
+                f"{self.paths[columns[0, i, 0]]}:{columns[5, i, 0]}: "
+                f"{tokens.reshape(-1, per_record)[i].max()} tokens, expected at most "
+                f"{max_seq_len}, --max-seq-len (--too-long is error)"
+            )
+        drop = over & (too_long == "drop")
+        if drop.any():
+            self.key = hashlib.sha256(f"{self.key} drop".encode()).hexdigest()
+        trains = (columns[3] > 0).all(1) & ~drop
+        self.dropped, self.truncated = int(drop.sum()), int((over & ~drop).sum())
+        self.skipped = int((~trains & ~drop).sum())
         self.kind = "conversations" if per_record == 1 else "pairs"
         if not trains.any():
             raise InputError(
                 f"{self.paths[0]}: none of the {len(trains)} {self.kind} has a trained token in "
                 f"its first {max_seq_len} tokens, expected assistant messages"
+                + (f" (--too-long drop leaves out {self.dropped})" if self.dropped else "")
             )
-        (
-            self.file,
-            self.start,
-            self.lengths,
-            self.trained_counts,
-            self.turns,
-            self.numbers,
-            prompts,
-        ) = columns[:, trains]
+        *columns, prompts = columns[:, trains]
+        self.file, self.start, self.lengths, self.trained_counts, self.turns, self.numbers = columns
         self.shared = np.zeros_like(self.lengths)
         if per_record > 1:
-            self.shared[:, 1] = [
-                self.shared_prompt(i, *lengths) for i, lengths in enumerate(prompts)
-            ]
+            self.shared[:, 1] = [self.shared_prompt(i, *both) for i, both in enumerate(prompts)]
         self.tokens = (self.lengths - self.shared).sum(1)
         self.squares = (self.lengths**2 - self.shared**2).sum(1)
 
@@ -95,18 +101,29 @@ class Documents:
         """The sequences of some records, one after the other, as `pack_row` takes them."""
         return [sequence for i in records for sequence in self[i]]
 
+    def part(self, chosen):
+        """The documents of the `chosen` records alone, (records,) of bool."""
+        part = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):  # one entry, or one line, a record
+                setattr(part, name, value[chosen])
+        part.key = hashlib.sha256(self.key.encode() + chosen.tobytes()).hexdigest()
+        return part
+
     def summary(self):
-        """One line for the user, and one before it for each shape of record that is made fit."""
+        """One line for the user; before it, one for each folder, and each shape made fit."""
         remarks = {}  # text → the first record of a file that it is true of
         for path in self.paths:
             number, record = next(readers.records(path, FIELDS))
             remarks.setdefault(remark(record, self.kind == "pairs"), f"{path}:{number}")
-        lines = [f"{place}: {text}\n" for text, place in remarks.items() if text]
+        lines = [f"{text}\n" for text in map(readers.found_in, self.given) if text]
+        lines += [f"{place}: {text}\n" for text, place in remarks.items() if text]
         if apart := self.lengths.shape[1] > 1 and int((self.shared[:, 1] == 0).sum()):
             lines.append(f"{amount(apart, 'pairs')} with two prompts, computed twice each\n")
         return "".join(lines) + (
             f"{amount(len(self), self.kind)}, {amount(self.tokens.sum(), 'tokens')}, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
+            f"{f'{self.dropped:,} longer ones left out, ' if self.dropped else ''}"
             f"{self.skipped:,} without a trained token skipped"
         )
 

@@ -28,7 +28,7 @@ def object_or_empty(path):
 
 
 def pad_token_id(folder):
-    """`pad_token_id` of config.json, which the trained model's config.json keeps; or None."""
+    """`pad_token_id` of config.json, or None."""
     path = Path(folder) / "config.json"
     value = object_or_empty(path).get("pad_token_id")
     if value is not None and type(value) is not int:

@@ -1,12 +1,15 @@
 """The tokenizer files with which transformers, vLLM and the tokenizers package give our ids.
 
 They are written beside every model that training saves; training itself never reads them.
+
+    python -m tokens.for_transformers OUT > marked.jinja        the template for TRL, see `marked`
 """
 
 import json
+import sys
 from pathlib import Path
 
-from program.errors import InputError
+from program.errors import InputError, reported
 from program.files import read_object
 from tokens import bpe
 from tokens.folder import named_tokens, token_text, tokenizer_config
@@ -61,9 +64,8 @@ def check_same_vocabulary(pieces, path, named):
 def save_tokenizer(tokenizer, source, folder, longest=0):
     """Write tokenizer.model, tokenizer.json, and tokenizer_config.json with the chat template.
 
-    source: the folder that `tokenizer` was read from. Of its tokenizer_config.json only `KEPT` and
-    a pad token that is BOS, EOS or unknown are kept: any other token would be one id in a text that
-    was trained as several. longest: model_max_length is at least so many tokens.
+    source: the folder that `tokenizer` was read from. Of its tokenizer_config.json only `KEPT` is
+    kept. longest: model_max_length is at least so many tokens.
     """
     folder, base, sp = Path(folder), tokenizer_config(source), tokenizer.sp
     config = {name: base[name] for name in KEPT if name in base}
@@ -74,8 +76,8 @@ def save_tokenizer(tokenizer, source, folder, longest=0):
         "eos_token": sp.id_to_piece(tokenizer.eos_id),
         "unk_token": sp.id_to_piece(sp.unk_id()),
     }
-    if (pad := token_text(base.get("pad_token"))) in special.values():
-        special["pad_token"] = pad
+    special["pad_token"] = pad_token(tokenizer, source)
+    template = CHAT_TEMPLATE.replace("{space}", "" if tokenizer.legacy else " ")
     config |= special | {
         # This class keeps SentencePiece's ids; Code Llama's own adds tokens for infilling. It puts
         # "▁" before a text by itself; told to, transformers 4 would ask for protobuf.
@@ -83,12 +85,37 @@ def save_tokenizer(tokenizer, source, folder, longest=0):
         "legacy": tokenizer.legacy,
         "add_bos_token": True,
         "add_eos_token": False,
-        "chat_template": CHAT_TEMPLATE.replace("{space}", "" if tokenizer.legacy else " "),
+        "chat_template": template,
     }
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     content = json.dumps(tokenizer_json(tokenizer), ensure_ascii=False)
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+
+
+def pad_token(tokenizer, source):
+    """The base's pad token if that is BOS or EOS, else the unknown token, as EasyLM padded.
+
+    A token of its own would be one id in a text that was trained as several.
+    """
+    pad, sp = token_text(tokenizer_config(source).get("pad_token")), tokenizer.sp
+    own = [sp.id_to_piece(i) for i in (sp.unk_id(), tokenizer.bos_id, tokenizer.eos_id)]
+    return pad if pad in own else own[0]
+
+
+def marked(template):
+    """The chat template with marks around each answer and its EOS; it renders the same text.
+
+    TRL's `assistant_only_loss` needs them (`chat_template_path` takes the file). They are not in
+    the template that is saved, because the tag is transformers' own: plain jinja2 refuses it, and
+    so do TGI before May 2025 (huggingface/text-generation-inference#3204), vLLM's Rust server
+    before September 2026 (vllm-project/vllm#56378), and others that serve our folders.
+    """
+    return template.replace(
+        "'<|assistant|>\\n' + message['content'].strip() + eos_token }}",
+        "'<|assistant|>\\n' }}{% generation %}{{ message['content'].strip() + eos_token }}"
+        "{% endgeneration %}",
+    )
 
 
 def added_tokens(tokenizer):
@@ -189,3 +216,11 @@ def tokenizer_json(tokenizer):
             "merges": ranked_merges(tokenizer),
         },
     }
+
+
+if __name__ == "__main__":
+    with reported():
+        folders = sys.argv[1:]
+        if len(folders) != 1 or "chat_template" not in tokenizer_config(folders[0]):
+            raise InputError(f"{' '.join(folders)}: expected the output folder of one run")
+        print(marked(tokenizer_config(folders[0])["chat_template"]), end="")

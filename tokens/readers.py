@@ -1,4 +1,4 @@
-"""Data files, record by record: `.jsonl`, `.jsonl.gz`, `.json`, `.parquet`, and folders of them.
+"""Data files, record by record: JSON lines, plain or compressed, `.json`, `.parquet`, and folders.
 
 `records` is for whoever wants parsed records. The token cache takes `read_batches`, which leaves
 lines as bytes, so that its workers parse them (`parse`) and keep every core busy. Every error names
@@ -16,6 +16,9 @@ from pathlib import Path
 from program.errors import InputError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+ZSTD = ".jsonl.zst"  # one more, where the package zstandard is installed
+# What the package `datasets` and LLaMA-Factory keep beside the data.
+NO_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 BATCH_BYTES, BATCH_RECORDS = 1 << 20, 512
 BUFFER = 1 << 20  # bytes
 
@@ -23,29 +26,57 @@ BUFFER = 1 << 20  # bytes
 def data_files(paths):
     """The files that `--data` means; a folder stands for the data files in it, sorted by name.
 
-    Raises `InputError` for a path that is neither a data file nor a folder of some.
+    Where it has none itself, as a cloned data set, it stands for those of its folders. Raises
+    `InputError` for a path that is neither a data file nor a folder of some.
     """
     files = []
     for path in map(Path, paths):
         found = [path]
         if path.is_dir():
-            found = [p for p in sorted(path.iterdir()) if is_data(p) and not p.is_dir()]
+            found, _ = inside_of(path)
             if not found:
-                raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+                raise InputError(
+                    f"{path}: no {', '.join(SUFFIXES)} file in this folder, nor in a folder in it"
+                )
         for file in found:
             if not file.exists():
                 link = f" (a link to {file.readlink()})" if file.is_symlink() else ""
                 raise InputError(f"{file}: no such file or folder{link}")
             if not is_data(file):
-                raise InputError(f"{file}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+                kinds = f"{', '.join(SUFFIXES)} or {ZSTD}"
+                raise InputError(f"{file}: unknown kind of file, expected {kinds}")
             if not file.is_file():
                 raise InputError(f"{file}: a pipe or a device, expected a file: it is read twice")
         files += found
     return files
 
 
+def inside_of(folder):
+    """(data files, files that are none but have such names) of a folder, or of those in it."""
+    own = sorted(folder.iterdir())
+    below = [p for p in own if p.is_dir() and not p.name.startswith(".")]
+    skipped = []
+    for paths in (own, [path for inner in below for path in sorted(inner.iterdir())]):
+        named = [path for path in paths if is_data(path) and not path.is_dir()]
+        skipped += [path for path in named if path.name in NO_DATA]
+        if found := [path for path in named if path.name not in NO_DATA]:
+            return found, skipped
+    return [], skipped
+
+
+def found_in(path):
+    """A line for the user on what `data_files` takes of a folder; empty for a file."""
+    if not Path(path).is_dir():
+        return ""
+    found, skipped = inside_of(Path(path))
+    names = [str(p.relative_to(path)) for p in found]
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    skipped = ", ".join(p.name for p in skipped)
+    return f"{path}: {listed}" + (f"; skipped, as no data: {skipped}" if skipped else "")
+
+
 def is_data(path):
-    return path.name.endswith(SUFFIXES) and not path.name.startswith(".")
+    return path.name.endswith((*SUFFIXES, ZSTD)) and not path.name.startswith(".")
 
 
 def records(path, fields=None):
@@ -77,7 +108,7 @@ def read_batches(path, fields=None):
 def read_lines(path):
     size = max(path.stat().st_size, 1)
     with open(path, "rb") as raw:
-        lines = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
+        lines = decompressed(raw, path)
         first, batch, held = 1, [], 0
         try:
             for line in lines:
@@ -87,10 +118,43 @@ def read_lines(path):
                     yield first, batch, raw.tell() / size
                     first, batch, held = first + len(batch), [], 0
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            number = first + len(batch)
-            raise InputError(f"{path}:{number}: not a whole gzip file ({error})") from None
+            number, kind = first + len(batch), "zstd" if path.suffix == ".zst" else "gzip"
+            raise InputError(f"{path}:{number}: not a whole {kind} file ({error})") from None
         if batch:
             yield first, batch, 1.0
+
+
+def decompressed(raw, path):
+    """The lines of an open file, as its name says it is compressed."""
+    if path.suffix == ".zst":
+        return zstd_lines(raw, path)
+    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+
+
+def zstd_lines(raw, path):
+    """The lines of a file of zstd frames. (The package's own reader ends in silence where the file
+    was cut short.) Raises `EOFError` for such a file."""
+    try:
+        import zstandard
+    except ImportError:
+        raise InputError(f"{path}: reading it needs zstandard: pip install zstandard") from None
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # `zstd --long=31`
+    frame, rest = None, b""
+    while block := raw.read(BUFFER):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            try:
+                rest += frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from None
+            block = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+        *lines, rest = rest.split(b"\n")
+        yield from (line + b"\n" for line in lines)
+    if frame is not None:
+        raise EOFError("it ends within a frame")
+    if rest:
+        yield rest
 
 
 def read_json(path):

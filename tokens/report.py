@@ -6,6 +6,8 @@ import numpy as np
 
 from tokens.shapes import SIDES
 
+MOST = 2000  # tokens of a sequence that are shown
+
 
 def print_lengths(lengths, kind="conversation"):
     """Percentiles of the lengths, and their histogram in powers of two."""
@@ -38,7 +40,14 @@ def print_sequences(tokenizer, name, sequences):
 
 
 def highlight(tokenizer, ids, trained):
-    """The text of some tokens, BOS and EOS written out, what is trained in green (or in ⟦⟧)."""
+    """The text of some tokens, BOS and EOS written out, what is trained in green (or in ⟦⟧).
+
+    Of more than `MOST` the middle is left out.
+    """
+    if len(ids) > MOST:
+        parts = slice(MOST // 2), slice(-MOST // 2, None)
+        head, tail = (highlight(tokenizer, ids[part], trained[part]) for part in parts)
+        return f"{head}\n… {len(ids) - MOST:,} tokens …\n{tail}"
     begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     text = ""
     for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):

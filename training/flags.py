@@ -17,3 +17,23 @@ class RunFlags:
     dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
     recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
     compile: bool | None = None  # torch.compile per block (default: on a GPU)
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """What of the data is trained, and what is held out to measure the loss on."""
+
+    too_long: str = "cut"  # what becomes of a record over --max-seq-len: cut, drop or error
+    eval_data: list[str] | None = None  # held-out data, of the same kinds as --data
+    eval_share: float = 0.0  # or this share of --data, drawn by --seed alone and not trained on
+    eval_every: int = 0  # updates between two measurements (0: after each epoch); one at the end
+
+
+@dataclass(frozen=True)
+class OutputFlags:
+    """What is written on the way, beside metrics.jsonl."""
+
+    export_every: str | None = None  # updates, or epoch: between two models in OUT/step-…/
+    keep_exports: int = 0  # how many of them stay, the newest (0: all)
+    tensorboard: bool = False  # the records of metrics.jsonl to OUT/tensorboard, too
+    wandb: bool = False  # and to Weights & Biases, where its own settings say

@@ -1,6 +1,9 @@
-"""What sft.py and dpo.py do before their loops: here everything that can be wrong is found."""
+"""What sft.py and dpo.py do before and after their loops: everything that can be wrong is found
+before."""
 
 import dataclasses
+import math
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +14,25 @@ import torch.distributed as dist
 
 from checkpoint.config import read_config
 from checkpoint.resume import remove_checkpoints
-from checkpoint.run_folder import check_output, lock_output, start_records, unlock_output
+from checkpoint.run_folder import (
+    check_output,
+    exported_models,
+    lock_output,
+    start_records,
+    unlock_output,
+)
 from checkpoint.weights import find_tensors, weights_key
 from data import schedule, update_count
 from model import Llama
 from program.errors import InputError
 from program.flags import check_flags, run_facts
 from program.hardware import environment
-from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.documents import Documents, amount
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
+from training.held_out import open_documents
+from training.saving import exports_at_once
+from training.trackers import check_trackers, finish_trackers, start_trackers
 
 
 @dataclass
@@ -31,8 +43,13 @@ class Run:
     metrics: Path  # the log in it, one record an update
     tokenizer: Tokenizer
     model: Llama  # on the meta device: it has no memory yet
-    documents: Documents
+    documents: Documents  # what is trained
+    held_out: Documents | None  # what the loss is measured on besides
+    per_epoch: int  # updates
+    total: int  # updates of the schedule
+    last: int  # the update after which --max-steps, or the schedule, ends the run
     facts: dict[str, Any]  # what tells this run from others: flags, hashes of data and weights
+    trackers: list[Any]  # processes that read the log; they end with this one
     lock: Any  # held until this process ends, so that no other run writes to `out`
 
 
@@ -45,6 +62,7 @@ def open_run(config, encode_record, pairs=False):
     what the data are.
     """
     check_flags(config)
+    check_trackers(config)
     out, rank = Path(config.out), dist.get_rank()
     model_config = read_config(config.model)
     tokenizer = Tokenizer(config.model)
@@ -53,29 +71,32 @@ def open_run(config, encode_record, pairs=False):
     with torch.device("meta"):
         model = Llama(model_config)
     find_tensors(model, config.model)
-    facts, lock = run_facts(config), None
+    facts = run_facts(config)
     if rank == 0:
-        check_output(out, facts, model)
-    documents = Documents(
-        config.data, config.model, config.max_seq_len, encode_record, out, 2 if pairs else 1
-    )
-    check_micro_tokens(documents, config.micro_tokens)
+        check_output(out, facts, model, last=config.max_steps or math.inf)
+    documents, held_out, texts = open_documents(config, encode_record, out, 2 if pairs else 1)
+    per_epoch, total = update_count(len(documents), config.batch_size, config.epochs)
+    last = min(total, config.max_steps or total)
+    run = Run(
+        out, out / "metrics.jsonl", tokenizer, model, documents, held_out,
+        per_epoch, total, last, facts, trackers=[], lock=None,
+    )  # fmt: skip
     facts["data"] = documents.key
     if pairs:
         facts["weights"] = weights_key(config.model)
     if rank == 0:
         # Now that the data are known: that of a signal, and those of --save-every.
-        _, total = update_count(len(documents), config.batch_size, config.epochs)
-        saves = (min(total, config.max_steps or total) - 1) // (config.save_every or total)
-        checkpoints = 1 + min(config.keep, saves)
-        check_output(out, facts, model, checkpoints)
-        lock = lock_output(out)
+        saves = (last - 1) // (config.save_every or total)
+        need = {"checkpoints": 1 + min(config.keep, saves), "last": last}
+        need["exports"] = exports_at_once(run, config)
+        check_output(out, facts, model, **need)
+        run.lock = lock_output(out)
         try:
-            check_output(out, facts, model, checkpoints)  # what did another run do meanwhile?
+            check_output(out, facts, model, **need)  # what did another run do meanwhile?
         except InputError:
-            unlock_output(out, lock)
+            unlock_output(out, run.lock)
             raise
-        print(documents.summary())
+        print(texts)
         print_changes(documents.lengths.max(), model_config.max_position_embeddings, as_text)
         if len(documents) < config.batch_size:
             print(
@@ -84,7 +105,7 @@ def open_run(config, encode_record, pairs=False):
                 f"{config.batch_size:,}; an update takes them all, one an epoch",
                 file=sys.stderr,
             )
-    return Run(out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock)
+    return run
 
 
 def print_changes(longest, positions, as_text):
@@ -103,10 +124,21 @@ def print_changes(longest, positions, as_text):
 
 
 def start_log(run, config, first, device):
-    """Begin metrics.jsonl, or go on with it after `first` updates, and say so; rank 0 calls it."""
+    """Begin metrics.jsonl, or go on with it after `first` updates, and say so; rank 0 acts.
+
+    What an earlier start of the program left of later updates goes, and so does config.json: while
+    a run goes on, its folder holds no whole model.
+    """
+    if dist.get_rank() > 0:
+        return
+    (run.out / "config.json").unlink(missing_ok=True)
+    for place in exported_models(run.out):
+        if int(place.name.removeprefix("step-")) > first:
+            shutil.rmtree(place)
     record = {"event": "start", "config": dataclasses.asdict(config)}
     record |= {"environment": environment(device, dist.get_world_size()), "run": run.facts}
     start_records(run.metrics, first, record)
+    run.trackers = start_trackers(run.out, config)
     print(
         schedule(len(run.documents), run.documents.kind, config.batch_size, config.epochs)
         + (f"; continued after {first:,}" if first else "")
@@ -116,7 +148,14 @@ def start_log(run, config, first, device):
 def finish_run(run, config):
     """After `save_hf`: tidy the output folder, free it, and say what is in it; rank 0 acts."""
     if dist.get_rank() == 0:
+        ended_early = run.last < run.total
+        if ended_early:
+            print(
+                f"--max-steps ended the run after {run.last:,} of {run.total:,} updates; the same "
+                "command with a larger one goes on"
+            )
         if not config.keep_checkpoints:
-            remove_checkpoints(run.out)
+            remove_checkpoints(run.out, but_newest=ended_early)
+        finish_trackers(run.trackers)
         unlock_output(run.out, run.lock)
         print(f"{run.out}: the model for transformers and vLLM, and {run.metrics.name}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from program.errors import InputError
 from tokens import readers
 
-ENDINGS = (*readers.SUFFIXES, ".csv")
+ENDINGS = (*readers.SUFFIXES, readers.ZSTD, ".csv")
 SPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 1 << 20  # bytes of a list read at once
 LONGEST = 64 << 20  # characters; a record of a list that does not end by then counts as broken

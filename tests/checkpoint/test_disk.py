@@ -40,6 +40,19 @@ def test_room_for_checkpoints_and_model(tmp_path, free, checkpoints):
     assert ("a smaller --keep needs less" in str(caught.value)) == (checkpoints > 1)
 
 
+def test_room_for_models_on_the_way(tmp_path, free):
+    """2 bytes a weight each; those of an interrupted run are there already."""
+    free(12_000_000 + 4 * 2_000_000)
+    check_space(tmp_path, MODEL, 1, 3)
+    free(12_000_000 + 4 * 2_000_000 - 1)
+    with pytest.raises(InputError, match="for the model and 3 on the way .--keep-exports keeps"):
+        check_space(tmp_path, MODEL, 1, 3)
+    (tmp_path / "step-000005").mkdir()
+    (tmp_path / "step-000005" / "model.safetensors").write_bytes(bytes(2_000_000))
+    free(12_000_000 + 3 * 2_000_000)
+    check_space(tmp_path, MODEL, 1, 3)
+
+
 def test_what_an_interrupted_run_holds_counts_as_free(tmp_path, free):
     """Its checkpoints, whole or half made, and its half made model; nothing else."""
     for name in ("checkpoints/step-000002", "checkpoints/partial", "hf.partial", "other"):

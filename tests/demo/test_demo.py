@@ -59,7 +59,7 @@ def test_same_bytes_every_time(folder, tmp_path):
     """A second call writes the same files, byte for byte."""
     demo.make(tmp_path)
     names = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
-    assert len(names) == 7
+    assert len(names) == 9
     for name in names:
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
 
@@ -71,6 +71,18 @@ def test_held_out_lists_are_in_no_training_file(folder):
     shown = [row["messages"] for row in read(folder, "conversations")]
     shown += [row["chosen"] for row in read(folder, "preferences")]
     assert not held_out & {tuple(list_asked_about(messages)) for messages in shown}
+
+
+def test_held_out_data_are_the_prompts_with_their_answers(folder):
+    """On which the loss is measured: conversations for SFT, pairs for DPO."""
+    rows = read(folder, "held_out")
+    for row, chat in zip(rows, read(folder, "held_out_conversations"), strict=True):
+        assert chat["messages"][:-1] == row["messages"]
+        assert demo.solves(row["answer"], chat["messages"][-1]["content"])
+    for row, pair in zip(rows, read(folder, "held_out_preferences"), strict=True):
+        assert pair["chosen"][:-1] == pair["rejected"][:-1] == row["messages"]
+        assert pair["chosen"][-1]["content"] == demo.sentence(row["answer"])
+        assert pair["rejected"][-1]["content"] == row["answer"]
 
 
 def test_every_answer_shown_is_right(folder):
@@ -228,4 +240,8 @@ def test_the_demo_end_to_end(tmp_path):
     assert dpo["all"][0] == sft["all"][1] and dpo["all"][1] >= 90
     assert dpo["in sentences"][0] < 60 and dpo["in sentences"][1] > 90
     for out in ("sft", "dpo"):
-        assert (tmp_path / "runs" / "demo" / out / "model.safetensors").is_file()
+        folder = tmp_path / "runs" / "demo" / out
+        assert (folder / "model.safetensors").is_file()
+        records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        losses = [r["loss"] for r in records if r.get("event") == "eval"]
+        assert len(losses) >= 4 and losses[-1] < losses[0]  # what is not trained gets better, too

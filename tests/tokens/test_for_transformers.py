@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -13,10 +14,10 @@ from test_tokenizer import PROPERTY, SNIPPETS, turns
 from transformers import AutoTokenizer
 
 import sft
-from conftest import train_tokenizer
+from conftest import run_program, train_tokenizer
 from program.errors import InputError
 from tokens import bpe
-from tokens.for_transformers import check_tokenizer, save_tokenizer
+from tokens.for_transformers import check_tokenizer, marked, save_tokenizer
 from tokens.protobuf import field
 from tokens.tokenizer import Tokenizer
 
@@ -129,7 +130,57 @@ def test_no_reader_knows_an_id_that_we_do_not(served):
     """As many tokens as pieces: a larger id would have no row in the embedding."""
     ours, _, theirs = served
     assert len(theirs) == ours.vocab_size
-    assert theirs.pad_token_id is None
+    assert theirs.pad_token_id == 0  # <unk>
+
+
+def test_padded_batches(served):
+    """transformers pads with <unk>, which is no EOS, and masks it; the ids are what they were."""
+    ours, _, theirs = served
+    chats = [turns("a", "b"), turns("a longer one", "with an answer", "and more")]
+    texts = [theirs.apply_chat_template(chat, tokenize=False) for chat in chats]
+    batch = theirs(texts, padding=True, add_special_tokens=False)
+    for chat, ids, mask in zip(chats, batch["input_ids"], batch["attention_mask"], strict=True):
+        assert [i for i, m in zip(ids, mask, strict=True) if m] == ours.encode(chat)[0]
+        assert {i for i, m in zip(ids, mask, strict=True) if not m} <= {ours.sp.unk_id()}
+    assert not all(map(all, batch["attention_mask"]))
+
+
+def test_marks_for_trl(served):
+    """The marked template renders the same text, and transformers' mask is what we train."""
+    ours, _, theirs = served
+    template = marked(theirs.chat_template)
+    for contents in (["q", "a"], ["q", " an answer\n", "dog", "x  y", "z"]):
+        chat = turns(*contents)
+        for prompt in (False, True):
+            flags = {"tokenize": False, "add_generation_prompt": prompt}
+            plain = theirs.apply_chat_template(chat, **flags)
+            assert theirs.apply_chat_template(chat, chat_template=template, **flags) == plain
+        flags = {"return_dict": True, "return_assistant_tokens_mask": True}
+        masked = theirs.apply_chat_template(chat, chat_template=template, **flags)
+        ids, trained = ours.encode(chat)
+        assert masked["input_ids"] == ids
+        assert masked["assistant_masks"] == [int(t) for t in trained]
+
+
+def test_plain_jinja2_takes_the_chat_template(served):
+    """It, and whoever else does not know transformers' tag, gets the same text."""
+    _, _, theirs = served
+    chat = turns("q", "a", "q")
+    environment = jinja2.Environment()
+    tokens = {"bos_token": theirs.bos_token, "eos_token": theirs.eos_token}
+    text = environment.from_string(theirs.chat_template).render(messages=chat, **tokens)
+    assert text == theirs.apply_chat_template(chat, tokenize=False)
+    template = marked(theirs.chat_template)
+    with pytest.raises(jinja2.TemplateSyntaxError, match="unknown tag 'generation'"):
+        environment.from_string(template)
+
+
+def test_the_marked_template_is_printed(served):
+    """For a folder that training has saved; another one is refused."""
+    _, _, theirs = served
+    assert run_program("-m", "tokens.for_transformers", theirs.name_or_path) == marked(
+        theirs.chat_template
+    )
 
 
 def test_user_defined_pieces_are_one_token(model, tmp_path):

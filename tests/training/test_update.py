@@ -214,7 +214,8 @@ DESIGN_DEFAULTS = {
     "model": None, "data": None, "out": "runs/sft", "epochs": 2, "batch_size": 128,
     "max_seq_len": 8192, "lr": 2e-5, "warmup_ratio": 0.03, "weight_decay": 0, "beta1": 0.9,
     "beta2": 0.95, "clip": 1.0, "micro_tokens": 16384, "max_steps": 0, "save_every": 0, "keep": 2,
-    "keep_checkpoints": False,
+    "keep_checkpoints": False, "too_long": "cut", "eval_data": None, "eval_share": 0,
+    "eval_every": 0, "export_every": None, "keep_exports": 0, "tensorboard": False, "wandb": False,
     "seed": 42, "dtype": None, "recompute": None, "compile": None,
 }  # fmt: skip
 
