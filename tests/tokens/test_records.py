@@ -260,7 +260,7 @@ def test_data_py_shows_pairs(base, tmp_path, capsys):
     data.main(flags)
     shown = capsys.readouterr().out
     documents = Documents([path], base, 200, encode_pair, per_record=2)
-    total = documents.lengths.sum()
+    total = documents.tokens.sum()
     assert f"2 pairs, {total:,} tokens, {documents.trained_counts.sum()} trained;" in shown
     assert f"tokens of a pair: mean {total // 2}; " in shown and "an update of 2 pairs " in shown
     shown = shown[shown.index("a.jsonl:1 (id None), prompt, ") :]
