@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kernels.attention_tiles import attention_tiles
 from program.errors import InputError, reported
 from program.flags import check_bounds, parse_args
 from tokens import readers
@@ -63,20 +64,22 @@ def epoch_order(records, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(records)
 
 
-def plan_rows(lengths, ranks, row_tokens, hidden_size):
+def plan_rows(lengths, ranks, row_tokens, hidden_size, squares=None):
     """Lay records out as `rows[rank][k]`, lists of indices into `lengths` (n,), their tokens.
 
     First whole records are dealt to ranks, costliest first to the rank with the least to do. A
     token costs 24·E² FLOPs in a block's matrices (7B's F) and 4·E per token before it in attention:
-    n tokens cost in proportion to n + n²/(12·E). Then each rank packs its share by best-fit
-    decreasing: the longest record goes to the fullest row that still takes it. Every rank gets as
-    many rows, the last ones empty, since FSDP needs every rank in every forward pass.
+    n tokens cost in proportion to n + n²/(12·E). squares (n,): what takes the place of n² in a pair
+    (`Documents.squares`). Then each rank packs its share by best-fit decreasing: the longest record
+    goes to the fullest row that still takes it. Every rank gets as many rows, the last ones empty,
+    since FSDP needs every rank in every forward pass.
     """
+    squares = lengths**2 if squares is None else squares
     shares = [(0.0, rank, []) for rank in range(ranks)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         cost, rank, share = heapq.heappop(shares)
         share.append(i)
-        cost += lengths[i] + lengths[i] ** 2 / (12 * hidden_size)
+        cost += lengths[i] + squares[i] / (12 * hidden_size)
         heapq.heappush(shares, (cost, rank, share))
     rows = [
         best_fit_decreasing(lengths, share, row_tokens)
@@ -101,26 +104,49 @@ def best_fit_decreasing(lengths, longest_first, row_tokens):
     return rows
 
 
-def pack_row(sequences):
-    """Arrays of one packed row from the `(ids, trained)` of its documents.
+def pack_row(sequences, shared=None):
+    """Arrays of one packed row, which the model takes, from the `(ids, trained)` of its sequences.
 
-    input_ids (T,) int64 · doc_start (T,) int32 · predict (N,) int64, the positions before each
-    trained token · labels (N,) int64, those tokens. Without documents: one token, none predicted.
+    shared (sequences,): how many tokens at its head a sequence has in common with the last one
+    before it that shares none (0: it is a document of its own). They stand in the row once, and are
+    not trained. Two documents; and a pair, whose prompt `1 5` both answers follow:
 
-        documents   [1 7 8 2] [1 9 2]        trained  8, 2 and 2
-        input_ids    1 7 8 2   1 9 2         predict  1 2 5
-        doc_start    0 0 0 0   4 4 4         labels   8 2 2
+        documents   [1 7 8 2] [1 9 2]         pair        [1 5 8 6 2] [1 5 9 2], shared 0 and 2
+        input_ids    1 7 8 2   1 9 2          input_ids    1 5 8 6 2 9 2
+        positions    0 1 2 3   0 1 2          positions    0 1 2 3 4 2 3
+        doc_start    0 0 0 0   4 4 4          doc_start    0 0 0 0 0 0 0
+        doc_end      4 4 4 4   7 7 7          doc_end      7 7 5 5 5 7 7
+        predict      1 2 5                    predict      1 2 3 1 5
+        labels       8 2 2                    labels       8 6 2 9 2
+
+    Token i sees j where doc_start[i] <= j <= i < doc_end[j]. predict (N,) are the positions in the
+    row before each trained token, labels (N,) those tokens. T tokens: input_ids, positions, predict
+    and labels int64, doc_start and doc_end int32; tiles: see `attention_tiles`. Without sequences:
+    one token, none predicted.
     """
-    sequences = sequences or [(np.zeros(1, np.int32), np.zeros(1, np.bool_))]
-    lengths = [len(ids) for ids, _ in sequences]
-    input_ids = np.concatenate([ids for ids, _ in sequences]).astype(np.int64)
-    trained = np.flatnonzero(np.concatenate([mask for _, mask in sequences]))
-    starts = np.cumsum(lengths) - lengths
+    if not sequences:
+        sequences, shared = [(np.zeros(1, np.int32), np.zeros(1, np.bool_))], None
+    shared = np.array([0] * len(sequences) if shared is None else shared)
+    lengths = np.array([len(ids) for ids, _ in sequences])
+    own = lengths - shared  # tokens that the row has of each sequence alone
+    first = own.cumsum() - own  # where those stand in the row
+    start = np.maximum.accumulate(np.where(shared == 0, first, 0))
+    doc_start, doc_end = np.repeat([start, first + own], own, axis=1).astype(np.int32)
+    for k in np.flatnonzero(shared):
+        doc_end[start[k] : start[k] + shared[k]] = first[k] + own[k]
+    # Of each trained token: its sequence, and the place there of the token before it.
+    masks = [mask for _, mask in sequences]
+    k = np.repeat(np.arange(len(masks)), [np.count_nonzero(mask) for mask in masks])
+    before = np.concatenate([np.flatnonzero(mask) for mask in masks]) - 1
+    input_ids = [ids[n:] for (ids, _), n in zip(sequences, shared, strict=True)]
     return {
-        "input_ids": input_ids,
-        "doc_start": np.repeat(starts, lengths).astype(np.int32),
-        "predict": trained - 1,
-        "labels": input_ids[trained],
+        "input_ids": np.concatenate(input_ids).astype(np.int64),
+        "positions": np.arange(own.sum()) - np.repeat(first - shared, own),
+        "doc_start": doc_start,
+        "doc_end": doc_end,
+        "tiles": attention_tiles(doc_start, doc_end),
+        "predict": np.where(before < shared[k], start[k] + before, first[k] + before - shared[k]),
+        "labels": np.concatenate([ids[mask] for ids, mask in sequences]).astype(np.int64),
     }
 
 
@@ -162,7 +188,7 @@ def main(flags):
         check_micro_tokens(documents, config.micro_tokens)
         print(documents.summary())
         print(schedule(len(documents), documents.kind, config.batch_size, config.epochs))
-        turns, lengths = documents.turns, documents.lengths.sum(1)
+        turns, lengths = documents.turns, documents.tokens
         if not pairs:
             print(f"{turns.sum():,} assistant turns, {turns.mean():.2f} a conversation")
         print_lengths(lengths, documents.kind[:-1])

@@ -120,9 +120,8 @@ def main(flags):
     optimizer = update.make_optimizer(model, config)
     # The model that training starts from is the reference, so it is loaded for a resumed run, too.
     load_hf(model, config.model)
-    weights = run.facts["weights"]
-    references = reference_logps(model, documents, config, weights, device)  # (n, 2)
-    held_out = reference_logps(model, run.held_out, config, weights, device)
+    references = reference_logps(model, documents, config, run.facts["weights"], device)  # (n, 2)
+    held_out = reference_logps(model, run.held_out, config, run.facts["weights"], device)
     first = resume_run(run.out, model, optimizer, config.keep)
     start_log(run, config, first, device)
 
@@ -140,8 +139,9 @@ def main(flags):
         # The batch: the update's pairs, the same on all ranks, and this rank's rows of them.
         started = time.perf_counter()
         epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
-        lengths, trained = documents.lengths[pairs], documents.trained_counts[pairs].sum()
-        rows = plan_rows(lengths.sum(1), world, config.micro_tokens, model.config.hidden_size)[rank]
+        tokens, squares = documents.tokens[pairs], documents.squares[pairs]
+        hidden_size = model.config.hidden_size
+        rows = plan_rows(tokens, world, config.micro_tokens, hidden_size, squares)[rank]
 
         # Forward, loss, backward: row by row. The loss is the mean over the update's pairs, all
         # rows and ranks; FSDP divides by the ranks.
@@ -174,7 +174,8 @@ def main(flags):
         # Log.
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, **metrics, "lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, lengths, trained, seconds, device, world)
+        record |= update.measurements(model.config, documents, pairs, seconds, device, world)
+        record["pairs_per_second"] = len(pairs) / seconds
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
         if rank == 0:

@@ -62,20 +62,24 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, input_ids, doc_start, predict, labels=None, uniform_gradient=False):
-        """Losses, or logits, of the tokens that follow the positions `predict`.
+    def forward(
+        self, input_ids, doc_start, predict, labels=None, uniform_gradient=False,
+        positions=None, doc_end=None, tiles=None,
+    ):  # fmt: skip
+        """Losses, or logits, of the tokens that follow the places `predict` of a row.
 
-        input_ids (T,) int64, doc_start (T,) int32, predict (N,) int64 positions in the row.
-        Without labels: logits (N, V) fp32. With labels (N,) int64: their negative log-likelihood
-        (N,) fp32; `uniform_gradient=True` promises that the loss is a multiple of its sum.
+        input_ids (T,) int64, doc_start (T,) int32, predict (N,) int64. Without labels: logits
+        (N, V) fp32. With labels (N,) int64: their negative log-likelihood (N,) fp32;
+        `uniform_gradient=True` promises that the loss is a multiple of its sum. positions, doc_end
+        and tiles are `pack_row`'s; without them the row holds no pairs.
 
         The head sees only `predict`: prompts, which are not trained, never reach it. It is applied
         in here, not by the caller, because FSDP2 gathers its weight for this call alone.
         """
-        # What depends on the documents alone is made once here, not once per layer.
-        positions = torch.arange(len(input_ids), device=doc_start.device) - doc_start
-        doc_end = document_ends(doc_start)
-        attend = functools.partial(attention, doc_start=doc_start, doc_end=doc_end)
+        if positions is None:
+            positions = torch.arange(len(input_ids), device=doc_start.device) - doc_start
+            doc_end = document_ends(doc_start)
+        attend = functools.partial(attention, doc_start=doc_start, doc_end=doc_end, tiles=tiles)
         hidden = self.model(input_ids, positions, [attend] * len(self.model.layers))
         return self.head(hidden[predict], labels, uniform_gradient)
 

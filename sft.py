@@ -92,8 +92,8 @@ def main(flags):
         # The batch: the update's conversations, the same on all ranks, and this rank's rows.
         started = time.perf_counter()
         epoch, members = update_members(len(documents), config.batch_size, config.seed, step)
-        lengths, trained = documents.lengths[members], documents.trained_counts[members].sum()
-        rows = plan_rows(lengths[:, 0], world, config.micro_tokens, model.config.hidden_size)[rank]
+        tokens, trained = documents.tokens[members], documents.trained_counts[members].sum()
+        rows = plan_rows(tokens, world, config.micro_tokens, model.config.hidden_size)[rank]
 
         # Forward, loss, backward: row by row. The loss is the sum of nll over the trained tokens,
         # both of the whole update, all rows and ranks. FSDP averages gradients over ranks; times
@@ -122,7 +122,7 @@ def main(flags):
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, "loss": loss}
         record |= {"lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, lengths, trained, seconds, device, world)
+        record |= update.measurements(model.config, documents, members, seconds, device, world)
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
         if rank == 0:

@@ -1,7 +1,9 @@
 """Attention and the loss beside what else computes them: `python bench.py kernels [--toy]`.
 
 Attention on rows of 16k tokens: documents of equal length (dense), and of chat-like lengths with a
-mean of 490 and of 1,097 (the paper's figure for the Tulu V2 mixture). The loss at 7B's width.
+mean of 490 and of 1,097 (the paper's figure for the Tulu V2 mixture), and pairs of answers to one
+prompt, (prompt, chosen, rejected), beside the same pairs as whole documents. TFLOP/s count what is
+seen, and a prompt once, however it is computed. The loss at 7B's width.
 Inputs are random: zeros run about 13 % faster. Where another implementation is missing or fails, or
 the time is over, the file says why instead of figures. The most telling cases come first. At the
 end the tables of `bench.py table` are printed.
@@ -17,23 +19,37 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import measure, table
-from kernels.attention import attention, document_ends
+from kernels.attention import attention, tiles_on_device
 from kernels.cross_entropy import linear_cross_entropy
 from program.flags import parse_args
 
 
 def ours(q, k, v, lengths):
     """kernels/attention.py."""
-    doc_start = measure.doc_start_of(lengths, q.device)
-    doc_end = document_ends(doc_start)
-    return lambda: attention(q, k, v, doc_start, doc_end), (q, k, v)
+    row = measure.doc_start_of(lengths, q.device), measure.doc_end_of(lengths, q.device)
+    tiles = tiles_on_device(*row)
+    return lambda: attention(q, k, v, *row, tiles), (q, k, v)
+
+
+def ours_twice(q, k, v, lengths):
+    """The same of pairs as two documents, each with the prompt."""
+    pairs = measure.pairs_of(lengths)
+    if not pairs:
+        raise measure.Unavailable("a row without pairs")
+    begins, where = itertools.accumulate(map(sum, pairs), initial=0), []
+    for (prompt, chosen, rejected), begin in zip(pairs, begins, strict=False):
+        split = begin + prompt + chosen
+        where += [*range(begin, split), *range(begin, begin + prompt)]
+        where += range(split, split + rejected)
+    q, k, v = (x.detach()[torch.tensor(where)].requires_grad_() for x in (q, k, v))
+    return ours(q, k, v, [prompt + n for prompt, *answers in pairs for n in answers])
 
 
 def sdpa(backend):
     """torch's scaled_dot_product_attention with one backend, documents padded to the longest."""
 
     def provider(q, k, v, lengths):
-        needs_gpu(q)
+        needs_gpu(q, lengths)
 
         def pad(x):  # (documents, heads, longest, D)
             padded = torch.nn.utils.rnn.pad_sequence(x.detach().split(lengths), batch_first=True)
@@ -52,7 +68,7 @@ def sdpa(backend):
 
 def varlen(q, k, v, lengths):
     """torch.nn.attention.varlen (FlashAttention-2 in torch 2.11 to 2.13)."""
-    needs_gpu(q)
+    needs_gpu(q, lengths)
     from torch.nn.attention.varlen import varlen_attn
 
     ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=q.device)
@@ -72,29 +88,37 @@ def compiled_flex():
 
 
 def flex(q, k, v, lengths):
-    """FlexAttention with a mask of documents."""
+    """FlexAttention with a mask of documents, or of pairs."""
     needs_gpu(q)
     from torch.nn.attention.flex_attention import create_block_mask
 
     doc_start = measure.doc_start_of(lengths, q.device)
+    doc_end = measure.doc_end_of(lengths, q.device)
 
     def visible(batch, head, i, j):
         return (doc_start[i] <= j) & (j <= i)
 
-    mask = create_block_mask(visible, None, None, len(q), len(q), device=q.device)
+    def visible_in_pairs(batch, head, i, j):
+        return visible(batch, head, i, j) & (i < doc_end[j])
+
+    seen = visible_in_pairs if measure.pairs_of(lengths) else visible
+    mask = create_block_mask(seen, None, None, len(q), len(q), device=q.device)
     x = [t.detach().transpose(0, 1)[None].contiguous().requires_grad_() for t in (q, k, v)]
     gqa = q.shape[1] != k.shape[1]
     return lambda: compiled_flex()(*x, block_mask=mask, enable_gqa=gqa), x
 
 
-def needs_gpu(x):
-    """Raise `Unavailable` on CPU."""
+def needs_gpu(x, lengths=()):
+    """Raise `Unavailable` on CPU, and for pairs, where they are told of."""
+    if measure.pairs_of(lengths):
+        raise measure.Unavailable("knows no pairs")
     if x.device.type != "cuda":
         raise measure.Unavailable("needs a GPU")
 
 
 ATTENTION = {
     "ours": ours,
+    "ours, prompts twice": ours_twice,
     "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
     "varlen": varlen,
@@ -106,9 +130,13 @@ def attention_cases(toy):
     """(name of the row, lengths of its documents, H, Hk, D), 7B's heads first."""
     if toy:
         rows = {"dense 32": [32] * 4, "packed 20": measure.packed_lengths(20, 128)}
+        rows["pairs 9 + 7"] = [(9, 7, 5)] * 3
         return [(name, lengths, 4, 2, 32) for name, lengths in rows.items()]
     rows = {f"dense {n}": [n] * (16384 // n) for n in (8192, 512, 1024, 2048, 4096, 16384)}
     rows = {f"packed {mean}": measure.packed_lengths(mean, 16384) for mean in (490, 1097)} | rows
+    for prompt, answer in ((1000, 200), (185, 305)):
+        pairs = [(prompt, answer, answer)] * (16384 // (prompt + 2 * answer))
+        rows = {f"pairs {prompt} + {answer}": pairs} | rows
     shapes = [(32, Hk, D) for D in (128, 64) for Hk in (32, 8)]
     return [(name, lengths, *shape) for shape in shapes for name, lengths in rows.items()]
 
@@ -116,7 +144,7 @@ def attention_cases(toy):
 def time_attention(provider, lengths, H, Hk, D, device, dtype):
     """Milliseconds and TFLOP/s of forward, backward and both."""
     torch.manual_seed(0)
-    T = sum(lengths)
+    T = measure.row_tokens(lengths)
     q, k, v = (
         torch.randn(T, heads, D, device=device, dtype=dtype).requires_grad_()
         for heads in (H, Hk, Hk)

@@ -98,8 +98,12 @@ class Unavailable(Exception):
 
 
 def attention_flops(lengths, H, D):
-    """FLOPs of forward and of backward: causal, so half of 4 n² H D and 2.5 times that."""
-    forward = 2 * H * D * sum(n * n for n in lengths)
+    """FLOPs of forward and of backward: causal, so half of 4 n² H D and 2.5 times that.
+
+    A pair (prompt, chosen, rejected) is two documents whose prompt counts once.
+    """
+    pairs = sum((p + c) ** 2 + (p + r) ** 2 - p * p for p, c, r in pairs_of(lengths))
+    forward = 2 * H * D * (pairs + sum(n * n for n in lengths if isinstance(n, int)))
     return {"forward": forward, "backward": 5 * forward // 2, "both": 7 * forward // 2}
 
 
@@ -124,10 +128,32 @@ def packed_lengths(mean, total, seed=0):
     return lengths[order].tolist()
 
 
+def pairs_of(lengths):
+    """Those of a row's lengths that are pairs: (prompt, chosen, rejected)."""
+    return [pair for pair in lengths if not isinstance(pair, int)]
+
+
+def row_tokens(lengths):
+    """Tokens of a row of documents and pairs."""
+    return sum(n if isinstance(n, int) else sum(n) for n in lengths)
+
+
 def doc_start_of(lengths, device):
-    """doc_start (T,) int32 of documents of these lengths, end to end in one row."""
-    lengths = torch.tensor(lengths)
+    """doc_start (T,) int32 of documents, or pairs, of these lengths, end to end in one row."""
+    lengths = torch.tensor([n if isinstance(n, int) else sum(n) for n in lengths])
     return torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).int().to(device)
+
+
+def doc_end_of(lengths, device):
+    """doc_end (T,) int32 of the same row: chosen ends before rejected begins."""
+    parts, ends, begin = [], [], 0
+    for n in lengths:
+        prompt, chosen, rejected = (n, 0, 0) if isinstance(n, int) else n
+        end = begin + prompt + chosen + rejected
+        parts += [prompt, chosen, rejected]
+        ends += [end, begin + prompt + chosen, end]
+        begin = end
+    return torch.repeat_interleave(torch.tensor(ends), torch.tensor(parts)).int().to(device)
 
 
 def write(name, flags, arguments, device, **content):

@@ -57,7 +57,7 @@ def aims(results):
         if cudnn := rates.get(("dense 8192", "sdpa cudnn")):
             share = dense["forward"] / cudnn["forward"]
             lines.append(verdict("8k forward, share of cuDNN's", share, CUDNN))
-    for row in dict.fromkeys(row for row, _ in rates if row.startswith("packed")):
+    for row in dict.fromkeys(row for row, _ in rates if row.startswith(("packed", "pairs"))):
         others = [t["both"] for (r, name), t in rates.items() if r == row and name != "ours"]
         if others and (row, "ours") in rates:
             ratio = rates[row, "ours"]["both"] / max(others)

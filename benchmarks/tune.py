@@ -4,7 +4,7 @@ To rehearse without a GPU: `TRITON_INTERPRET=1 python bench.py tune --toy`.
 
 Every candidate runs alone, on dense and on chat-like rows of 16k tokens with 7B's heads, and must
 give the result of the shipped sizes. At the end all candidates are printed by time, for each kernel
-and row. The winners go into `blocks` of kernels/attention.py and the constants of
+and row. The winners go into `blocks` of kernels/attention_tiles.py and the constants of
 kernels/cross_entropy.py.
 """
 
@@ -12,7 +12,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from benchmarks import measure
 from kernels import attention, cross_entropy
@@ -45,18 +44,17 @@ class Case:
     def __init__(self, lengths, H, Hk, D, device, dtype):
         torch.manual_seed(0)
         T = sum(lengths)
-        self.lengths, self.shape = lengths, (T, H, Hk, D)
+        self.lengths, self.shape = lengths, (T, 0, H, Hk, D)  # 0 holes
         q, k, v, d_out = (
             torch.randn(T, heads, D, device=device, dtype=dtype) for heads in (H, Hk, Hk, H)
         )
-        doc_start = measure.doc_start_of(lengths, device)
-        doc_end = attention.document_ends(doc_start)
-        out, lse = attention.attention_op(q, k, v, doc_start, doc_end)
+        tiles = attention.tiles_on_device(measure.doc_start_of(lengths, device))
+        out, lse = attention.attention_op(q, k, v, tiles)
         delta, dq, dk, dv = (torch.empty_like(x) for x in (lse, q, k, v))
         self.arguments = {
-            "forward_kernel": (q, k, v, out, lse, doc_start),
-            "backward_q_kernel": (q, k, v, out, d_out, lse, delta, dq, doc_start),
-            "backward_kv_kernel": (q, k, v, d_out, lse, delta, dk, dv, doc_end),
+            "forward_kernel": (q, k, v, out, lse, tiles),
+            "backward_q_kernel": (q, k, v, out, d_out, lse, delta, dq, tiles),
+            "backward_kv_kernel": (q, k, v, d_out, lse, delta, dk, dv, tiles),
         }
         self.results = {
             "forward_kernel": (out,),
@@ -67,17 +65,18 @@ class Case:
     def shipped(self, name):
         """The sizes in `blocks`."""
         q = self.arguments[name][0]
-        kernel = getattr(attention, name)
-        size = attention.blocks(kernel, q.dtype, attention.shared_memory(q))
+        size = attention.blocks(name, q.dtype, attention.shared_memory(q))
         return size["BM"], size["BN"], size["num_warps"], size["num_stages"]
 
     def launch(self, name, candidate):
         """Run one kernel with the sizes of a candidate."""
         BM, BN, warps, stages = candidate
-        T, H, Hk, D = self.shape
+        _, _, H, Hk, _ = self.shape
         rows, heads = (BN, Hk) if name == "backward_kv_kernel" else (BM, H)
-        getattr(attention, name)[triton.cdiv(T, rows), heads](
-            *self.arguments[name], T, H, Hk, D, BM=BM, BN=BN, num_warps=warps, num_stages=stages
+        *_, tiles = self.arguments[name]
+        grid = tiles.shape[1] * (attention.TILE // rows), heads
+        getattr(attention, name)[grid](
+            *self.arguments[name], *self.shape, BM=BM, BN=BN, num_warps=warps, num_stages=stages
         )
 
     def measure(self, name, candidate, device):
@@ -96,7 +95,7 @@ class Case:
             ms = measure.milliseconds(lambda: self.launch(name, candidate), device)
         finally:  # the other kernels read this one's result
             self.launch(name, self.shipped(name))
-        T, H, Hk, D = self.shape
+        _, _, H, _, D = self.shape
         flops = measure.attention_flops(self.lengths, H, D)["forward"] * PRODUCTS[name] / 2
         return {"ms": ms, "tflops": flops / ms / 1e9, "error": max(errors)}
 

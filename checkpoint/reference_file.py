@@ -20,7 +20,9 @@ from program.files import written_aside
 def reference_files(model, documents, config, weights):
     """Where the reference may be kept, under a hash of all that decides it."""
     shape = dataclasses.asdict(model.config)
-    facts = json.dumps([weights, shape, documents.key, config.max_seq_len, config.dtype])
+    # Rounding depends on the layout of a row, so it is a fact, too.
+    layout = "each prompt once"
+    facts = json.dumps([weights, shape, documents.key, config.max_seq_len, config.dtype, layout])
     key = hashlib.sha256(facts.encode()).hexdigest()[:16]
     name = f"{documents.paths[0].name}.reference-{key}"
     return [documents.paths[0].parent / name, Path(config.out) / name]

@@ -17,7 +17,7 @@ import functools
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.attention import attention, document_ends
+from kernels.attention import attention, document_ends, tiles_on_device
 from program.errors import RunError
 
 
@@ -83,13 +83,14 @@ class Prefill(CachedRow):
         starts = lengths.cumsum(0) - lengths
         self.doc_start = starts.repeat_interleave(lengths).int().to(device)
         self.doc_end = document_ends(self.doc_start)
+        self.tiles = tiles_on_device(self.doc_start, self.doc_end)
         positions = torch.arange(len(self.doc_start), device=device) - self.doc_start
         slots = torch.tensor(slots).repeat_interleave(lengths).to(device)
         super().__init__(cache, slots, positions)
 
     def attend(self, keys, values, q, k, v):
         self.write(keys, values, k, v)
-        return attention(q, k, v, self.doc_start, self.doc_end)
+        return attention(q, k, v, self.doc_start, self.doc_end, self.tiles)
 
 
 class DecodeStep(CachedRow):

@@ -6,7 +6,11 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135) and FlashAttention-2 (Dao, ar
 
 Shapes: T tokens of the row, H query heads, Hk key/value heads (H a multiple of Hk), D head size.
 
-Forward. For query i of one head, over the keys j of its document up to itself:
+Token i sees j if doc_start[i] <= j <= i < doc_end[j]: in documents all before it, and itself. In a
+pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token, and doc_end
+its end, but that of chosen is its own: rejected sees the prompt and itself. The picture is below.
+
+Forward. For query i of one head, over the keys j that it sees:
 
     s_ij = q_i·k_j / sqrt(D)      p_ij = exp(s_ij) / Σ_j exp(s_ij)      o_i = Σ_j p_ij v_j      (1)
 
@@ -39,19 +43,22 @@ In the naive form the n² terms dominate once n > 2 D. Here one kernel makes dq 
 dv, and both make s and dp again: 7 n² D and 24 n D, in return for sums without atomics, which have
 the same bits in every run.
 
-Tiles. A row of documents A and B, one character a token; queries and keys in tiles of 4:
+Tiles begin where a document or an answer begins, so that no bit depends on where it lies. A pair (P
+prompt, C chosen, R rejected) and a document A, one character a token, in tiles of 4:
 
-    keys            AAAAAAAAAAAAAABBBBBBBB
-    queries  0- 3   [D ]                        F  full: every query sees every key, no mask
-             4- 7   [F ][D ]                    D  up to the diagonal, with a mask
-             8-11   [F ][F ][D ]                E  queries of two documents, with a mask
-            12-15   [E ][E ][E ][E ]
-            16-19                 [D ][D ]      what is blank is never read
-            20-21                 [F ][D ]
+    keys              PPPPPPCCCCCCRRRRRAAAAAA
+    queries  0 to  3  DDDD                       F  full: every query sees every key, no mask
+             4 to  5  FFFFDD                     D  up to the diagonal, with a mask
+             6 to  9  FFFFDDDDDD                 what is blank is never read
+            10 to 11  FFFFFFFFDDDD
+            12 to 15  FFFFDD      DDDD
+            16 to 16  FFFFFF      FFDDD
+            17 to 20                   DDDD
+            21 to 22                   FFFFDD
 
-Tiles of queries are cut from the row whatever its documents, so many short documents share one.
-Each walks along its keys from left to right, from where its first document begins. For dk and dv a
-tile of keys is cut from the row, and walks downwards along its queries.
+A tile of queries walks along its keys from left to right, and counts them as if the hole (chosen,
+for rejected) were not there. For dk and dv a tile of keys walks downwards along its queries, from
+itself to the last that sees it. kernels/attention_tiles.py lists the tiles, holes and block sizes.
 """
 
 import math
@@ -59,34 +66,35 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.attention_cpu import attention_cpu
+from kernels.attention_tiles import TILE, attention_tiles, blocks
 
 
-def attention(q, k, v, doc_start, doc_end=None):
-    """softmax(q kᵀ / sqrt(D)) v, where token i sees j with doc_start[i] <= j <= i.
+def attention(q, k, v, doc_start, doc_end=None, tiles=None):
+    """softmax(q kᵀ / sqrt(D)) v, where token i sees j with doc_start[i] <= j <= i < doc_end[j].
 
-    q (T, H, D), k and v (T, Hk, D), doc_start (T,) int32 -> out (T, H, D) in the dtype of q. The
-    softmax is in fp32. `doc_end` is `document_ends(doc_start)`, made once for all layers.
+    q (T, H, D), k and v (T, Hk, D), doc_start and doc_end (T,) int32 -> out (T, H, D) in the dtype
+    of q. The softmax is in fp32. Without doc_end documents end where the next begins. tiles:
+    `attention_tiles` of both, made once a row; made here, for which a GPU waits, if it is None.
     """
     doc_end = document_ends(doc_start) if doc_end is None else doc_end
     if q.is_cuda:
-        return attention_triton(q, k, v, doc_start, doc_end)
-    return attention_cpu(q, k, v, doc_end)
+        return attention_triton(q, k, v, doc_start, doc_end, tiles)
+    return attention_cpu(q, k, v, doc_start, doc_end)
 
 
 def document_ends(doc_start):
-    """doc_end (T,) int32: one past the last token of each token's document.
-
-    doc_start is sorted, so a search in itself finds the ends, without waiting for a GPU.
-    """
+    """doc_end (T,) int32 of documents: a search of doc_start in itself, for which no GPU waits."""
     return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
 
 
-def attention_reference(q, k, v, doc_start):
+def attention_reference(q, k, v, doc_start, doc_end=None):
     """The same, from the definition: a (T, T) mask and every key/value head repeated."""
     (T, H, D), Hk = q.shape, k.shape[1]
-    i = torch.arange(T, device=q.device)
-    seen = (doc_start[:, None] <= i) & (i <= i[:, None])  # (T, T)
+    doc_end = document_ends(doc_start) if doc_end is None else doc_end
+    i, j = torch.arange(T, device=q.device)[:, None], torch.arange(T, device=q.device)
+    seen = (doc_start[:, None] <= j) & (j <= i) & (i < doc_end)  # (T, T)
     exact = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(exact).repeat_interleave(H // Hk, dim=1) for x in (k, v))  # (T, H, D)
     scores = torch.einsum("ihd,jhd->hij", q.to(exact), k) / math.sqrt(D)
@@ -94,210 +102,199 @@ def attention_reference(q, k, v, doc_start):
     return torch.einsum("hij,jhd->ihd", p, v).to(q.dtype)
 
 
-@torch.compiler.disable  # it would be compiled again for the lengths of every row
-def attention_cpu(q, k, v, doc_end):
-    """One call of torch's blocked CPU attention per document.
-
-    `split`, not slices: the backward of a slice fills a tensor as long as the row, per document.
-    Padding documents of similar length into one call was no faster at about 190 tokens each.
-    """
-    lengths, outs = doc_end.unique_consecutive(return_counts=True)[1].tolist(), []
-    lengths = lengths or [0]  # an empty row: one document, so that q, k and v get their gradients
-    for qkv in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):
-        heads_first = (x.transpose(0, 1)[None] for x in qkv)  # (1, H or Hk, length, D)
-        out = scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
-        outs.append(out[0].transpose(0, 1))
-    return torch.cat(outs)
-
-
 # The kernels. A program has one tile of queries (or of keys) of one head, and alone makes its sums,
-# in a fixed order. Its walk has two parts, F, then D and E of the picture: one loop body, compiled
-# without the mask and with it. The softmax is to base 2: s log2 e in place of s, exp2 of it, and
-# so `lse` is log2 of (1)'s denominator.
+# in a fixed order. Its walk has two parts, F and D of the picture: one loop body, compiled without
+# the mask and with it. The softmax is to base 2: s log2 e in place of s, exp2 of it, and so `lse`
+# is log2 of (1)'s denominator. Rows beyond the end of a walk repeat the last one, and are masked or
+# never stored: none is read that its tokens neither see nor are seen by, and a mask of rows spills.
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
 LOW = tl.constexpr(-1e30)  # the maximum before any key: finite, because inf - inf is NaN
 DOT = tl.constexpr("ieee")  # fp32 inputs are multiplied in fp32, not in tf32
-PAD = tl.constexpr(128)  # lse and delta are (H, T rounded up to this): whole tiles, no masks
+WHOLE = tl.constexpr(TILE)  # tokens of a tile in the list; of a program's, BM (or BN) of them
 
 
 @triton.jit
-def load_tile(base, start, T, STRIDE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr):
-    """Rows start, start + 1, … of a (T, D) matrix -> (ROWS, D rounded up to a power of 2).
+def tile_of(tiles, role, BLOCK: tl.constexpr, HOLES: tl.constexpr):
+    """The program's tile of queries (0) or of keys (1), or part of one: its first token and end."""
+    PARTS: tl.constexpr = WHOLE // BLOCK  # of a short tile, some parts have nothing
+    number = (role * tl.num_programs(0) + tl.program_id(0)) // PARTS
+    tile = tiles + number * (4 + 2 * HOLES)
+    first = tl.load(tile) + tl.program_id(0) % PARTS * BLOCK
+    return tile, first, tl.minimum(first + BLOCK, tl.load(tile + 1))
 
-    Rows beyond T repeat the last row: finite numbers, whose results are masked or never stored. (A
-    mask of rows takes registers, and spilled at D = 128. The mask of columns costs nothing: the
-    compiler knows it.) The start is added in 64 bits, the offsets within the tile in 32.
+
+@triton.jit
+def keys_of(tile, first, HOLES: tl.constexpr):
+    """What query `first` sees: where its keys begin, and how many are before it, less the holes."""
+    low = tl.load(tile + 2)
+    before = first - low
+    for hole in tl.static_range(HOLES):
+        before -= tl.load(tile + 5 + 2 * hole) - tl.load(tile + 4 + 2 * hole)
+    return low, before
+
+
+@triton.jit
+def key_rows(tile, low, j0, keys, ROWS: tl.constexpr, MASKED: tl.constexpr, HOLES: tl.constexpr):
+    """Where keys number j0, j0 + 1, … of a walk of `keys` lie, in tokens after low + j0 (ROWS,)."""
+    rows = tl.arange(0, ROWS)
+    if MASKED:
+        rows = tl.minimum(rows, keys - 1 - j0)
+    for hole in tl.static_range(HOLES):
+        begin, end = tl.load(tile + 4 + 2 * hole), tl.load(tile + 5 + 2 * hole)
+        rows += tl.where(low + j0 + rows >= begin, end - begin, 0)
+    return rows.to(tl.int64) if HOLES else rows
+
+
+@triton.jit
+def load_tile(base, start, rows, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Rows start + rows of a (T, D) matrix -> (ROWS, D rounded up to a power of 2).
+
+    `start` is multiplied in 64 bits, `rows` in 32, unless it has 64 (it jumps over holes).
     """
-    rows = tl.minimum(tl.arange(0, ROWS), T - 1 - start)[:, None]
     columns = tl.arange(0, triton.next_power_of_2(D))[None, :]
-    pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows * STRIDE + columns)
+    pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows[:, None] * STRIDE + columns)
     return tl.load(pointers, mask=columns < D, other=0.0)
 
 
 @triton.jit
-def store_tile(base, tile, start, T, STRIDE: tl.constexpr, D: tl.constexpr):
-    """Write the rows and columns of a tile that exist."""
+def store_tile(base, tile, start, end, STRIDE: tl.constexpr, D: tl.constexpr):
+    """Write the rows up to `end` and the columns of a tile that exist."""
     rows = tl.arange(0, tile.shape[0])[:, None]
     columns = tl.arange(0, tile.shape[1])[None, :]
     pointers = base + tl.cast(start, tl.int64) * STRIDE + (rows * STRIDE + columns)
-    mask = (start + rows < T) & (columns < D)
+    mask = (start + rows < end) & (columns < D)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def row_of(statistic, head, start, T, ROWS: tl.constexpr):
-    """Pointers to start, start + 1, … of one head of lse or delta -> (ROWS,)."""
-    padded = tl.cdiv(T, PAD) * PAD
-    return statistic + tl.cast(head, tl.int64) * padded + start + tl.arange(0, ROWS)
-
-
-@triton.jit
-def keys_of(doc_start, first, T, BM: tl.constexpr, BN: tl.constexpr):
-    """The walk of queries first, …, first + BM - 1: keys low to high, without a mask up to full."""
-    low, high = tl.load(doc_start + first), tl.minimum(first + BM, T)
-    one_document = tl.load(doc_start + high - 1) == low
-    full = tl.where(one_document, low + (first - low) // BN * BN, low)  # tiles left of `first`
-    return low, full, high
 
 
 @triton.jit(do_not_specialize=["T"])
 def forward_kernel(
-    q, k, v, out, lse, doc_start, T,
+    q, k, v, out, lse, tiles, T, HOLES: tl.constexpr,
     H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """out (T, H, D) and lse of one tile of queries of one head."""
+    """out (T, H, D) and lse (H, T) of one tile of queries of one head."""
     SCALE: tl.constexpr = D**-0.5 * LOG2E
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # the longest walks start first
     head, kv_head = tl.program_id(1), tl.program_id(1) // (H // Hk)
-    i = first + tl.arange(0, BM)
-    start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
-    q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
+    tile, first, end = tile_of(tiles, 0, BM, HOLES)
+    if first >= end:
+        return
+    low, before = keys_of(tile, first, HOLES)
+    rows = tl.arange(0, BM)
+    q_i = load_tile(q + head * D, first, tl.minimum(rows, end - 1 - first), H * D, D)  # (BM, D)
     m = tl.full((BM,), LOW, tl.float32)
     l = tl.zeros((BM,), tl.float32)  # noqa: E741
     a = tl.zeros((BM, q_i.shape[1]), tl.float32)
-    low, full, high = keys_of(doc_start, first, T, BM, BN)
+    full, keys = before // BN * BN, before + end - first
     for MASKED in tl.static_range(2):
-        begin, end = (full, high) if MASKED else (low, full)
-        for j0 in tl.range(begin, end, BN):
-            k_j = load_tile(k + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+        for j0 in tl.range(full if MASKED else 0, keys if MASKED else full, BN):
+            j = key_rows(tile, low, j0, keys, BN, MASKED, HOLES)
+            k_j = load_tile(k + kv_head * D, low + j0, j, Hk * D, D)  # (BN, D)
             s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (1), (BM, BN), not scaled yet
             if MASKED:
-                j = j0 + tl.arange(0, BN)
-                seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
+                seen = (j0 - before + tl.arange(0, BN))[None, :] <= rows[:, None]
                 s = tl.where(seen, s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, axis=1) * SCALE)  # (2)
             r = tl.exp2(m - m_new)  # (2)
             p = tl.exp2(s * SCALE - m_new[:, None])  # of (3): one fused multiply-add, one exp2
             l = l * r + tl.sum(p, axis=1)  # (3)  # noqa: E741
-            v_j = load_tile(v + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+            v_j = load_tile(v + kv_head * D, low + j0, j, Hk * D, D)  # (BN, D)
             a = tl.dot(p.to(v_j.dtype), v_j, a * r[:, None], input_precision=DOT)  # (3)
             m = m_new
-    store_tile(out + head * D, a / l[:, None], first, T, H * D, D)  # (1), (BM, D)
-    tl.store(row_of(lse, head, first, T, BM), m + tl.log2(l))  # L_i, (BM,)
+    store_tile(out + head * D, a / l[:, None], first, end, H * D, D)  # (1), (BM, D)
+    of_rows = tl.cast(head, tl.int64) * T + first + rows
+    tl.store(lse + of_rows, m + tl.log2(l), mask=first + rows < end)  # L_i, (BM,)
 
 
 @triton.jit(do_not_specialize=["T"])
 def backward_q_kernel(
-    q, k, v, out, d_out, lse, delta, dq, doc_start, T,
+    q, k, v, out, d_out, lse, delta, dq, tiles, T, HOLES: tl.constexpr,
     H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dq (T, H, D) and delta of one tile of queries of one head, on the forward kernel's walk."""
+    """dq (T, H, D) and delta (H, T) of one tile of queries of one head, on the forward's walk."""
     SCALE: tl.constexpr = D**-0.5 * LOG2E
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     head, kv_head = tl.program_id(1), tl.program_id(1) // (H // Hk)
-    i = first + tl.arange(0, BM)
-    start_i = tl.load(doc_start + tl.minimum(i, T - 1))  # (BM,)
-    q_i = load_tile(q + head * D, first, T, H * D, D, BM)  # (BM, D)
-    o_i = load_tile(out + head * D, first, T, H * D, D, BM)  # (BM, D)
-    do_i = load_tile(d_out + head * D, first, T, H * D, D, BM)  # (BM, D)
-    lse_i = tl.load(row_of(lse, head, first, T, BM))  # (BM,)
+    tile, first, end = tile_of(tiles, 0, BM, HOLES)
+    if first >= end:
+        return
+    low, before = keys_of(tile, first, HOLES)
+    rows = tl.arange(0, BM)
+    i = tl.minimum(rows, end - 1 - first)
+    q_i = load_tile(q + head * D, first, i, H * D, D)  # (BM, D)
+    o_i = load_tile(out + head * D, first, i, H * D, D)  # (BM, D)
+    do_i = load_tile(d_out + head * D, first, i, H * D, D)  # (BM, D)
+    lse_i = tl.load(lse + tl.cast(head, tl.int64) * T + first + i)  # (BM,)
     delta_i = tl.sum(o_i.to(tl.float32) * do_i.to(tl.float32), axis=1)  # (5)
-    tl.store(row_of(delta, head, first, T, BM), delta_i)  # (BM,)
+    of_rows = tl.cast(head, tl.int64) * T + first + rows
+    tl.store(delta + of_rows, delta_i, mask=first + rows < end)  # (BM,)
     dq_i = tl.zeros((BM, q_i.shape[1]), tl.float32)
-    low, full, high = keys_of(doc_start, first, T, BM, BN)
+    full, keys = before // BN * BN, before + end - first
     for MASKED in tl.static_range(2):
-        begin, end = (full, high) if MASKED else (low, full)
-        for j0 in tl.range(begin, end, BN):
-            k_j = load_tile(k + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
-            v_j = load_tile(v + kv_head * D, j0, T, Hk * D, D, BN)  # (BN, D)
+        for j0 in tl.range(full if MASKED else 0, keys if MASKED else full, BN):
+            j = key_rows(tile, low, j0, keys, BN, MASKED, HOLES)
+            k_j = load_tile(k + kv_head * D, low + j0, j, Hk * D, D)  # (BN, D)
+            v_j = load_tile(v + kv_head * D, low + j0, j, Hk * D, D)  # (BN, D)
             s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (1), (BM, BN)
             p = tl.exp2(s * SCALE - lse_i[:, None])  # (1)
             if MASKED:
-                j = j0 + tl.arange(0, BN)
-                seen = (start_i[:, None] <= j[None, :]) & (j[None, :] <= i[:, None])
+                seen = (j0 - before + tl.arange(0, BN))[None, :] <= rows[:, None]
                 p = tl.where(seen, p, 0.0)
             dp = tl.dot(do_i, tl.trans(v_j), input_precision=DOT)  # (4), (BM, BN)
             ds = p * (dp - delta_i[:, None])  # (5)
             dq_i = tl.dot(ds.to(k_j.dtype), k_j, dq_i, input_precision=DOT)  # (6)
-    store_tile(dq + head * D, dq_i * D**-0.5, first, T, H * D, D)  # (6), (BM, D)
+    store_tile(dq + head * D, dq_i * D**-0.5, first, end, H * D, D)  # (6), (BM, D)
 
 
 @triton.jit(do_not_specialize=["T"])
 def backward_kv_kernel(
-    q, k, v, d_out, lse, delta, dk, dv, doc_end, T,
+    q, k, v, d_out, lse, delta, dk, dv, tiles, T, HOLES: tl.constexpr,
     H: tl.constexpr, Hk: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv (T, Hk, D) of one tile of keys, over the query tiles of all heads of its group.
 
-    Scores are transposed, keys by queries: p and ds can then be left operands from registers.
+    All that see them lie from the tile on up to their doc_end: here there are no holes. Scores are
+    transposed, keys by queries: p and ds can then be left operands from registers.
     """
     SCALE: tl.constexpr = D**-0.5 * LOG2E
     GROUP: tl.constexpr = H // Hk
     DIAGONAL: tl.constexpr = (BN + BM - 1) // BM  # tiles of queries that the diagonal crosses
-    first, kv_head = tl.program_id(0) * BN, tl.program_id(1)
-    j = first + tl.arange(0, BN)
-    end_j = tl.load(doc_end + tl.minimum(j, T - 1))  # (BN,)
-    k_j = load_tile(k + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
-    v_j = load_tile(v + kv_head * D, first, T, Hk * D, D, BN)  # (BN, D)
+    kv_head = tl.program_id(1)
+    tile, first, end = tile_of(tiles, 1, BN, HOLES)
+    if first >= end:
+        return
+    queries = tl.load(tile + 3) - first
+    columns = tl.arange(0, BN)
+    j = tl.minimum(columns, end - 1 - first)
+    k_j = load_tile(k + kv_head * D, first, j, Hk * D, D)  # (BN, D)
+    v_j = load_tile(v + kv_head * D, first, j, Hk * D, D)  # (BN, D)
     dk_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
     dv_j = tl.zeros((BN, k_j.shape[1]), tl.float32)
-    # Tiles of queries, from `first` to the end of the last key's document: DIAGONAL tiles, then, if
-    # all keys are of one document, `full` ones, then those in which a document ends.
-    end = tl.load(doc_end + tl.minimum(first + BN, T) - 1)
-    one_document = tl.load(doc_end + first) == end
-    full = tl.where(one_document, tl.maximum(end - first - DIAGONAL * BM, 0) // BM, 0)
+    # DIAGONAL tiles of queries, then `full` ones, then one that ends where the queries do.
+    full = tl.maximum(queries - DIAGONAL * BM, 0) // BM
     for MASKED in tl.static_range(2):
-        tiles = tl.cdiv(end - first, BM) - full if MASKED else full
-        for step in tl.range(0, tiles * GROUP):  # one loop over tiles and heads pipelines both
-            head, tile = kv_head * GROUP + step % GROUP, step // GROUP
-            tile += tl.where(tile < DIAGONAL, 0, full) if MASKED else DIAGONAL
-            i0 = first + tile * BM
-            q_i = load_tile(q + head * D, i0, T, H * D, D, BM)  # (BM, D)
-            lse_i = tl.load(row_of(lse, head, i0, T, BM))  # (BM,)
+        count = tl.cdiv(queries, BM) - full if MASKED else full
+        for step in tl.range(0, count * GROUP):  # one loop over tiles and heads pipelines both
+            head, i0 = kv_head * GROUP + step % GROUP, step // GROUP
+            i0 += tl.where(i0 < DIAGONAL, 0, full) if MASKED else DIAGONAL
+            i0 *= BM
+            i = tl.arange(0, BM)
+            if MASKED:
+                i = tl.minimum(i, queries - 1 - i0)
+            of_rows = tl.cast(head, tl.int64) * T + first + i0 + i
+            q_i = load_tile(q + head * D, first + i0, i, H * D, D)  # (BM, D)
+            lse_i = tl.load(lse + of_rows)  # (BM,)
             s = tl.dot(k_j, tl.trans(q_i), input_precision=DOT)  # (1), (BN, BM)
             p = tl.exp2(s * SCALE - lse_i[None, :])  # (1)
             if MASKED:
-                i = i0 + tl.arange(0, BM)
-                seen = (j[:, None] <= i[None, :]) & (i[None, :] < end_j[:, None])
-                p = tl.where(seen, p, 0.0)
-            do_i = load_tile(d_out + head * D, i0, T, H * D, D, BM)  # (BM, D)
+                number = i0 + tl.arange(0, BM)[None, :]
+                p = tl.where((columns[:, None] <= number) & (number < queries), p, 0.0)
+            do_i = load_tile(d_out + head * D, first + i0, i, H * D, D)  # (BM, D)
             dv_j = tl.dot(p.to(do_i.dtype), do_i, dv_j, input_precision=DOT)  # (4)
             dp = tl.dot(v_j, tl.trans(do_i), input_precision=DOT)  # (4), (BN, BM)
-            delta_i = tl.load(row_of(delta, head, i0, T, BM))  # (BM,)
+            delta_i = tl.load(delta + of_rows)  # (BM,)
             ds = p * (dp - delta_i[None, :])  # (5)
             dk_j = tl.dot(ds.to(q_i.dtype), q_i, dk_j, input_precision=DOT)  # (6)
-    store_tile(dk + kv_head * D, dk_j * D**-0.5, first, T, Hk * D, D)  # (6), (BN, D)
-    store_tile(dv + kv_head * D, dv_j, first, T, Hk * D, D)  # (BN, D)
-
-
-def blocks(kernel, dtype, shared_memory):
-    """Block sizes of a kernel: of those tried, the largest that spill no registers.
-
-    shared_memory: bytes that the chip gives a block, 227 KiB on Hopper; the small sizes fit 99 KiB.
-    tests/kernels/test_kernels_compiled.py compiles all of them, `bench.py tune` times others. fp32
-    runs without tensor cores: it is there to check the others by.
-    """
-    if dtype == torch.float32:
-        warps = 8 if kernel is backward_q_kernel else 4
-        return {"BM": 16, "BN": 16, "num_warps": warps, "num_stages": 1}
-    large = shared_memory >= 227 << 10
-    BM, BN = {
-        forward_kernel: (128, 128) if large else (128, 64),
-        backward_q_kernel: (128, 64),
-        backward_kv_kernel: (64, 128) if large else (32, 64),
-    }[kernel]
-    return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": 2}
+    store_tile(dk + kv_head * D, dk_j * D**-0.5, first, end, Hk * D, D)  # (6), (BN, D)
+    store_tile(dv + kv_head * D, dv_j, first, end, Hk * D, D)  # (BN, D)
 
 
 def shared_memory(x):
@@ -306,47 +303,47 @@ def shared_memory(x):
     return gpu.shared_memory_per_block_optin if gpu else 0
 
 
+def launch(name, q, k, tiles):
+    """(grid, T and the constants, sizes) with which a kernel is called."""
+    (T, H, D), Hk, (_, n, columns) = q.shape, k.shape[1], tiles.shape
+    size = blocks(name, q.dtype, shared_memory(q))
+    rows, heads = (size["BN"], Hk) if name == "backward_kv_kernel" else (size["BM"], H)
+    return (n * (TILE // rows), heads), (T, (columns - 4) // 2, H, Hk, D), size
+
+
 # Custom operators: torch.compile keeps each as one node of its graph; the fakes tell it the shapes.
 
 
 @torch.library.custom_op("tulu::attention", mutates_args=())
 def attention_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    doc_start: torch.Tensor, doc_end: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out (T, H, D) and lse (H, T padded)."""
-    (T, H, D), Hk = q.shape, k.shape[1]
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (T, H, D) and lse (H, T)."""
     q, k, v = (x.contiguous() for x in (q, k, v))
-    out, lse = fake_attention(q, k, v, doc_start, doc_end)
-    size = blocks(forward_kernel, q.dtype, shared_memory(q))
-    grid = triton.cdiv(T, size["BM"]), H
-    forward_kernel[grid](q, k, v, out, lse, doc_start, T, H, Hk, D, **size)
+    out, lse = fake_attention(q, k, v, tiles)
+    grid, shape, size = launch("forward_kernel", q, k, tiles)
+    forward_kernel[grid](q, k, v, out, lse, tiles, *shape, **size)
     return out, lse
 
 
 @attention_op.register_fake
-def fake_attention(q, k, v, doc_start, doc_end):
+def fake_attention(q, k, v, tiles):
     """Memory for out and, in fp32, for lse."""
-    T, H = q.shape[:2]
-    padded = (T + PAD.value - 1) // PAD.value * PAD.value
-    return q.new_empty(q.shape), q.new_empty(H, padded, dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("tulu::attention_backward", mutates_args=())
 def attention_backward_op(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor,
-    doc_end: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiles: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, d_out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dq, dk and dv; the first kernel makes delta for the second."""
-    (T, H, D), Hk = q.shape, k.shape[1]
     q, k, v, d_out = (x.contiguous() for x in (q, k, v, d_out))
     dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
-    size = blocks(backward_q_kernel, q.dtype, shared_memory(q))
-    grid = triton.cdiv(T, size["BM"]), H
-    backward_q_kernel[grid](q, k, v, out, d_out, lse, delta, dq, doc_start, T, H, Hk, D, **size)
-    size = blocks(backward_kv_kernel, q.dtype, shared_memory(q))
-    grid = triton.cdiv(T, size["BN"]), Hk
-    backward_kv_kernel[grid](q, k, v, d_out, lse, delta, dk, dv, doc_end, T, H, Hk, D, **size)
+    grid, shape, size = launch("backward_q_kernel", q, k, tiles)
+    backward_q_kernel[grid](q, k, v, out, d_out, lse, delta, dq, tiles, *shape, **size)
+    grid, shape, size = launch("backward_kv_kernel", q, k, tiles)
+    backward_kv_kernel[grid](q, k, v, d_out, lse, delta, dk, dv, tiles, *shape, **size)
     return dq, dk, dv
 
 
@@ -361,15 +358,24 @@ def keep_for_backward(ctx, inputs, output):
 
 def attention_gradients(ctx, d_out, d_lse):
     """Of q, k and v; lse has no user but this backward, so no gradient d_lse."""
-    return *attention_backward_op(*ctx.saved_tensors, d_out), None, None
+    return *attention_backward_op(*ctx.saved_tensors, d_out), None
 
 
 attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
 
 
-def attention_triton(q, k, v, doc_start, doc_end=None):
+def attention_triton(q, k, v, doc_start, doc_end=None, tiles=None):
     """`attention` by the kernels; CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     D = q.shape[2]
     assert D % 16 == 0 and 16 <= D <= 128, f"head size {D}, expected a multiple of 16 up to 128"
+    if tiles is None:
+        tiles = tiles_on_device(doc_start, doc_end)
+    return attention_op(q, k, v, tiles)[0]
+
+
+@torch.compiler.disable  # NumPy
+def tiles_on_device(doc_start, doc_end=None):
+    """`attention_tiles` of tensors, on their device; a GPU waits for the host."""
     doc_end = document_ends(doc_start) if doc_end is None else doc_end
-    return attention_op(q, k, v, doc_start, doc_end)[0]
+    tiles = attention_tiles(doc_start.cpu().numpy(), doc_end.cpu().numpy())
+    return torch.from_numpy(tiles).to(doc_start.device)

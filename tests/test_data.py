@@ -23,6 +23,7 @@ from data import (
     update_count,
     update_members,
 )
+from kernels.attention_tiles import attention_tiles
 from model import Llama, LlamaConfig
 from program.errors import InputError
 from tokens import readers
@@ -127,17 +128,41 @@ def test_a_packed_row_written_out():
     row = pack_row(documents_of(([1, 7, 8, 2], [0, 0, 1, 1]), ([1, 9, 2], [0, 0, 1])))
     expected = {
         "input_ids": (np.int64, [1, 7, 8, 2, 1, 9, 2]),
+        "positions": (np.int64, [0, 1, 2, 3, 0, 1, 2]),
         "doc_start": (np.int32, [0, 0, 0, 0, 4, 4, 4]),
+        "doc_end": (np.int32, [4, 4, 4, 4, 7, 7, 7]),
         "predict": (np.int64, [1, 2, 5]),
         "labels": (np.int64, [8, 2, 2]),
     }
+    assert np.array_equal(row["tiles"], attention_tiles(row["doc_start"], row.pop("doc_end")))
+    expected.pop("doc_end"), row.pop("tiles")
     assert {name: (a.dtype.type, a.tolist()) for name, a in row.items()} == expected
+
+
+def test_a_packed_pair_written_out():
+    """The other example: the prompt once, and rejected goes on from it; a document before it."""
+    pair = ([1, 5, 8, 6, 2], [0, 0, 1, 1, 1]), ([1, 5, 9, 2], [0, 0, 1, 1])
+    row = {name: a.tolist() for name, a in pack_row(documents_of(*pair), [0, 2]).items()}
+    expected = {
+        "input_ids": [1, 5, 8, 6, 2, 9, 2],
+        "positions": [0, 1, 2, 3, 4, 2, 3],
+        "doc_start": [0, 0, 0, 0, 0, 0, 0],
+        "doc_end": [7, 7, 5, 5, 5, 7, 7],
+        "predict": [1, 2, 3, 1, 5],
+        "labels": [8, 6, 2, 9, 2],
+    }
+    assert {name: row[name] for name in expected} == expected
+    row = pack_row(documents_of(([1, 4, 2], [0, 0, 1]), *pair), [0, 0, 2])
+    assert row["doc_start"].tolist() == [0] * 3 + [3] * 7
+    assert row["doc_end"].tolist() == [3] * 3 + [n + 3 for n in expected["doc_end"]]
+    assert row["predict"].tolist() == [1] + [n + 3 for n in expected["predict"]]
 
 
 def test_an_empty_row_is_one_token_that_predicts_nothing():
     """It fills up a rank that has fewer rows than the others."""
     row = {name: a.tolist() for name, a in pack_row([]).items()}
-    assert row == {"input_ids": [0], "doc_start": [0], "predict": [], "labels": []}
+    assert (row.pop("tiles"), row.pop("positions")) == ([[[0, 1, 0, 1]]] * 2, [0])
+    assert row == {"input_ids": [0], "doc_start": [0], "doc_end": [1], "predict": [], "labels": []}
 
 
 @settings(**PROPERTY)
@@ -157,6 +182,31 @@ def test_a_packed_row_holds_its_documents(masks):
     assert row["input_ids"][row["predict"]].tolist() == [i - 1 for i in trained]
 
 
+@settings(**PROPERTY)
+@given(st.lists(st.tuples(*[st.integers(1, 6)] * 3, st.booleans()), min_size=1, max_size=5))
+def test_in_a_packed_row_an_answer_sees_its_prompt_and_itself(sizes):
+    """Token by token: what each sees, in order, is its own sequence up to itself, at its places."""
+    sequences, shared = [], []
+    for number, (prompt, *answers, together) in enumerate(sizes):
+        for side, answer in enumerate(answers):
+            head = [100 * number + n for n in range(prompt)]
+            tail = [100 * number + 50 * (side + 1) + n for n in range(answer)]
+            sequences.append((head + tail, [0] * prompt + [1] * answer))
+            shared.append(prompt if together and side else 0)
+    row = pack_row(documents_of(*sequences), np.array(shared))
+    i, j = np.arange(len(row["input_ids"]))[:, None], np.arange(len(row["input_ids"]))
+    sees = (row["doc_start"][:, None] <= j) & (j <= i) & (i < row["doc_end"])
+    read = [row["input_ids"][sees[n]].tolist() for n in range(len(j))]
+    own = [range(a, len(ids)) for (ids, _), a in zip(sequences, shared, strict=True)]
+    assert read == [
+        ids[: n + 1] for (ids, _), places in zip(sequences, own, strict=True) for n in places
+    ]
+    assert row["positions"].tolist() == [len(ids) - 1 for ids in read]
+    trained = [ids[: n + 1] for ids, mask in sequences for n, m in enumerate(mask) if m]
+    assert [read[n] for n in row["predict"]] == [ids[:-1] for ids in trained]
+    assert row["labels"].tolist() == [ids[-1] for ids in trained]
+
+
 def test_positions_of_a_packed_row_restart(monkeypatch):
     """From pack_row to the rotary embedding: the positions themselves, which no loss can see."""
     seen = []
@@ -168,8 +218,10 @@ def test_positions_of_a_packed_row_restart(monkeypatch):
     monkeypatch.setattr("model.rotary_angles", spy)
     config = LlamaConfig(10, 8, 8, 1, 2, 2, 4, 1e-5, 1e4, False)
     row = pack_row(documents_of(([1, 7, 8], [0, 0, 1]), ([1], [0]), ([1, 2], [0, 1])))
-    Llama(config)(*(torch.from_numpy(row[name]) for name in ("input_ids", "doc_start", "predict")))
-    assert seen == [[0, 1, 2, 0, 0, 1]]
+    row = {name: torch.from_numpy(array) for name, array in row.items()}
+    Llama(config)(**row)
+    Llama(config)(*(row[name] for name in ("input_ids", "doc_start", "predict")))  # made there
+    assert seen == [[0, 1, 2, 0, 0, 1]] * 2
 
 
 # ---- Updates

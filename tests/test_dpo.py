@@ -254,7 +254,8 @@ def test_three_updates_on_two_ranks_equal_a_plain_transformers_loop(base, prefer
         assert (record["step"], record["epoch"]) == (step + 1, epoch + 1)
         assert record["lr"] == learning_rate(step, 6, 0.1, 0.1)
         both = documents.sequences(pairs)
-        assert record["tokens"] == sum(len(ids) for ids, _ in both)
+        prompts = [list(trained).index(True) for _, trained in both[1::2]]  # once in the row
+        assert record["tokens"] == sum(len(ids) for ids, _ in both) - sum(prompts)
         assert record["trained_tokens"] == sum(int(trained.sum()) for _, trained in both)
         # Log-probabilities of some hundreds carry fp32 errors of 1e-4, which beta multiplies.
         for name, value in {
@@ -285,7 +286,7 @@ def test_fewer_pairs_than_a_batch_are_an_update_of_themselves(base, preferences,
         dpo.main(flags | {"out": str(tmp_path / name), "batch_size": batch_size})
     more, exact = updates(tmp_path / "more"), updates(tmp_path / "exact")
     for a, b in zip(more, exact, strict=True):
-        timing = {"seconds", "tokens_per_second", "peak_memory_gib"}
+        timing = {"seconds", "tokens_per_second", "pairs_per_second", "peak_memory_gib"}
         assert a.keys() == b.keys() and all(a[name] == b[name] for name in a.keys() - timing)
     assert [record["step"] for record in more] == [1, 2]
     saved = [load_file(tmp_path / name / "model.safetensors") for name in ("more", "exact")]
@@ -375,11 +376,11 @@ def test_a_run_of_another_model_is_not_continued(flags, tmp_path):
 
 def test_a_pair_stays_in_one_row(flags, base):
     """--micro-tokens must hold both answers of the longest pair; the error names what would."""
-    with pytest.raises(InputError, match="--micro-tokens is 300, expected at least ") as caught:
-        dpo.main(flags | {"micro_tokens": 300})
+    with pytest.raises(InputError, match="--micro-tokens is 150, expected at least ") as caught:
+        dpo.main(flags | {"micro_tokens": 150})
     enough = int(str(caught.value).split("at least ")[1].split(",")[0])
     documents = Documents(flags["data"], base, 8192, encode_pair, per_record=2)
-    lengths = documents.lengths.sum(1)
+    lengths = documents.tokens
     assert enough == max(lengths)
     assert f"pairs.jsonl:{lengths.argmax() + 1} (id p{lengths.argmax()})" in str(caught.value)
     dpo.main(flags | {"micro_tokens": enough, "max_steps": 1})

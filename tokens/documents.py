@@ -16,13 +16,17 @@ class Documents:
 
     A record is `per_record` sequences: one for a conversation, two for a pair (chosen, rejected).
     `encode_record(record, tokenizer)` makes them, a list of `(ids, trained)`. Records in which a
-    sequence trains nothing are left out, and counted.
+    sequence trains nothing are left out, and counted. The sequences of a pair begin with the same
+    prompt, which stands in a packed row once.
 
     model_folder: of the tokenizer. fallback: the folder for the token cache where the data's cannot
     be written. too_long: a record with a longer sequence is "cut" on the right, left out ("drop"),
     or an "error". documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
-    lengths and trained_counts (records, per_record) int64 are in memory. Raises `InputError` for
-    bad data, and where nothing is left to train on.
+    In memory, int64: lengths, trained_counts and shared (records, per_record), of each sequence its
+    tokens, those that are trained, and those at its head that it shares with the first sequence;
+    tokens and squares (records,), the tokens that a record takes in a row, and the sum of the
+    squared lengths, in which attention's cost is counted. Raises `InputError` for bad data, and
+    where nothing is left to train on.
     """
 
     def __init__(
@@ -31,19 +35,23 @@ class Documents:
     ):  # fmt: skip
         self.given, self.paths = paths, readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
-        self.caches = [arrays for arrays, _ in caches]
+        self.caches = [{n: np.asarray(a) for n, a in arrays.items()} for arrays, _ in caches]
         self.key = hashlib.sha256(" ".join(key for _, key in caches).encode()).hexdigest()
         # Of each sequence: the file, where its tokens start there, and what the index says of it.
         indices = [cache["index"] for cache in self.caches]
         tokens, trained, turns, numbers = np.concatenate(indices).T
         file = np.repeat(np.arange(len(indices)), [len(index) for index in indices])
         start = np.concatenate([index[:, 0].cumsum() - index[:, 0] for index in indices])
-        lengths, trained = np.minimum(tokens, max_seq_len), trained.copy()
+        lengths, trained, prompts = (
+            np.minimum(tokens, max_seq_len),
+            trained.copy(),
+            tokens - trained,
+        )
         for i in np.flatnonzero(tokens > max_seq_len):
             mask = self.caches[file[i]]["trained"][start[i] : start[i] + max_seq_len]
             trained[i] = np.count_nonzero(mask)
-        columns = np.stack([file, start, lengths, trained, turns, numbers])
-        columns = columns.reshape(len(columns), -1, per_record)  # (6, records, per_record)
+        columns = np.stack([file, start, lengths, trained, turns, numbers, prompts])
+        columns = columns.reshape(len(columns), -1, per_record)  # (7, records, per_record)
         over = (tokens > max_seq_len).reshape(-1, per_record).any(1)
         if too_long == "error" and over.any():
             i = int(over.argmax())
@@ -65,9 +73,22 @@ class Documents:
                 f"its first {max_seq_len} tokens, expected assistant messages"
                 + (f" (--too-long drop leaves out {self.dropped})" if self.dropped else "")
             )
-        self.file, self.start, self.lengths, self.trained_counts, self.turns, self.numbers = (
-            columns[:, trains]
-        )
+        (
+            self.file,
+            self.start,
+            self.lengths,
+            self.trained_counts,
+            self.turns,
+            self.numbers,
+            prompts,
+        ) = columns[:, trains]
+        self.shared = np.zeros_like(self.lengths)
+        if per_record > 1:
+            self.shared[:, 1] = [
+                self.shared_prompt(i, *lengths) for i, lengths in enumerate(prompts)
+            ]
+        self.tokens = (self.lengths - self.shared).sum(1)
+        self.squares = (self.lengths**2 - self.shared**2).sum(1)
 
     def __len__(self):
         return len(self.lengths)
@@ -79,6 +100,12 @@ class Documents:
             sequences.append((arrays["tokens"][span], arrays["trained"][span]))
         return sequences
 
+    def shared_prompt(self, i, chosen_prompt, rejected_prompt):
+        """Tokens of the prompt of pair i; 0 if chosen and rejected have not the same ids there."""
+        (chosen, _), (rejected, _) = self[i]
+        same = np.array_equal(chosen[:chosen_prompt], rejected[:rejected_prompt])
+        return chosen_prompt if same else 0
+
     def sequences(self, records):
         """The sequences of some records, one after the other, as `pack_row` takes them."""
         return [sequence for i in records for sequence in self[i]]
@@ -86,8 +113,9 @@ class Documents:
     def part(self, chosen):
         """The documents of the `chosen` records alone, (records,) of bool."""
         part = copy.copy(self)
-        for name in ("file", "start", "lengths", "trained_counts", "turns", "numbers"):
-            setattr(part, name, getattr(self, name)[chosen])
+        for name, array in vars(self).items():
+            if isinstance(array, np.ndarray):  # one row a record
+                setattr(part, name, array[chosen])
         part.key = hashlib.sha256(self.key.encode() + chosen.tobytes()).hexdigest()
         return part
 
@@ -99,8 +127,10 @@ class Documents:
             remarks.setdefault(remark(record, self.kind == "pairs"), f"{path}:{number}")
         lines = [f"{text}\n" for text in map(readers.found_in, self.given) if text]
         lines += [f"{place}: {text}\n" for text, place in remarks.items() if text]
+        if apart := self.lengths.shape[1] > 1 and int((self.shared[:, 1] == 0).sum()):
+            lines.append(f"{amount(apart, 'pairs')} with two prompts, computed twice each\n")
         return "".join(lines) + (
-            f"{amount(len(self), self.kind)}, {amount(self.lengths.sum(), 'tokens')}, "
+            f"{amount(len(self), self.kind)}, {amount(self.tokens.sum(), 'tokens')}, "
             f"{self.trained_counts.sum():,} trained; {self.truncated:,} truncated, "
             f"{f'{self.dropped:,} longer ones left out, ' if self.dropped else ''}"
             f"{self.skipped:,} without a trained token skipped"
@@ -118,12 +148,11 @@ class Documents:
 
 def check_micro_tokens(documents, micro_tokens):
     """Raise `InputError` where the longest conversation, or pair, does not fit into one row."""
-    lengths = documents.lengths.sum(1)
-    longest = int(lengths.argmax())
-    if lengths[longest] > micro_tokens:
+    longest, most = int(documents.tokens.argmax()), documents.tokens.max()
+    if most > micro_tokens:
         raise InputError(
-            f"--micro-tokens is {micro_tokens}, expected at least {lengths[longest]}, the tokens "
-            f"of the longest of the {documents.kind} ({next(documents.names([longest]))})"
+            f"--micro-tokens is {micro_tokens}, expected at least {most}, the tokens of the "
+            f"longest of the {documents.kind} ({next(documents.names([longest]))})"
         )
 
 

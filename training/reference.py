@@ -20,10 +20,10 @@ from program.progress import progress_bar
 def answer_logps(model, documents, pairs, device):
     """Summed log-probability (n, 2) of the chosen and the rejected answer of each of n pairs.
 
-    The 2n documents are one packed row. Of conversations it is (n, 1), of all their answers.
-    Differentiable; the reference is computed by this, too.
+    The pairs are one packed row, in which a prompt stands once. Of conversations it is (n, 1), of
+    all their answers. Differentiable; the reference is computed by this, too.
     """
-    arrays = pack_row(documents.sequences(pairs))
+    arrays = pack_row(documents.sequences(pairs), documents.shared[pairs].ravel())
     nll = model(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()})  # (N,)
     answers = nll.split(documents.trained_counts[pairs].ravel().tolist())
     per_record = documents.trained_counts.shape[1]
@@ -34,10 +34,10 @@ def answer_logps(model, documents, pairs, device):
 
 def summed_logps(model, documents, records, config, device):
     """`answer_logps` of any number of records, in fp64, on every rank: each computes a share."""
-    lengths = documents.lengths[records].sum(1)
+    tokens, squares = documents.tokens[records], documents.squares[records]
     part = torch.zeros(documents.trained_counts[records].shape, dtype=torch.float64)
     rank, world, hidden_size = dist.get_rank(), dist.get_world_size(), model.config.hidden_size
-    for row in plan_rows(lengths, world, config.micro_tokens, hidden_size)[rank]:
+    for row in plan_rows(tokens, world, config.micro_tokens, hidden_size, squares)[rank]:
         part[row] = answer_logps(model, documents, records[row], device).double().cpu()
     dist.all_reduce(part)  # each record is one rank's, and zero on the others
     return part

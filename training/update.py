@@ -56,28 +56,32 @@ def check_finite(step, loss, grad_norm, documents, members):
         )
 
 
-def model_flops(config, lengths, predicted):
+def model_flops(config, lengths, predicted, shared=()):
     """FLOPs of forward and backward over documents of these lengths (tokens); unit-tested.
 
     Per token 6 per weight of the blocks' matrices; per predicted token 6 per weight of the head;
     per document of n tokens and layer 6·n²·H·D: QKᵀ and PV are 2·n²·H·D each, half of it masked,
-    and backward is twice forward. Neither recomputation nor the embedding's look-up counts.
+    and backward is twice forward. Neither recomputation nor the embedding's look-up counts. shared:
+    lengths of the prompts that two of the documents have in common, which count once.
     """
     E, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     H, Hk, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     block = 2 * E * H * D + 2 * E * Hk * D + 3 * E * F
-    tokens, squares = (int(sum(int(n) ** power for n in lengths)) for power in (1, 2))
+    tokens, squares = (
+        sum(int(n) ** power for n in lengths) - sum(int(n) ** power for n in shared)
+        for power in (1, 2)
+    )
     layers = config.num_hidden_layers * (6 * block * tokens + 6 * squares * H * D)
     return layers + 6 * V * E * int(predicted)
 
 
-def measurements(config, lengths, trained, seconds, device, world):
+def measurements(config, documents, members, seconds, device, world):
     """What metrics.jsonl says of any update: tokens, speed, memory, and on a GPU its use, `mfu`.
 
-    config: of the model; lengths: tokens of the update's documents on all ranks; trained: how many
-    of the tokens. MFU is `model_flops` over what the GPUs could do at their peak.
+    config: of the model; members: the records of the update, on all ranks. MFU is `model_flops`
+    over what the GPUs could do at their peak.
     """
-    tokens = int(lengths.sum())
+    tokens, trained = int(documents.tokens[members].sum()), documents.trained_counts[members].sum()
     record = {
         "trained_tokens": int(trained),
         "tokens": tokens,
@@ -86,7 +90,8 @@ def measurements(config, lengths, trained, seconds, device, world):
         "peak_memory_gib": peak_memory_gib(device),
     }
     if peak := peak_flops(device):
-        record["mfu"] = model_flops(config, lengths.ravel(), trained) / seconds / peak / world
+        lengths, shared = documents.lengths[members].ravel(), documents.shared[members].ravel()
+        record["mfu"] = model_flops(config, lengths, trained, shared) / seconds / peak / world
     return record
 
 

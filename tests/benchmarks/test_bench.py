@@ -19,6 +19,8 @@ def test_attention_flops():
     """For documents of 2 and 3 tokens: half of 4·n²·H·D forward, and 2.5 times that backward."""
     flops = measure.attention_flops([2, 3], H=4, D=16)
     assert flops == {"forward": 2 * 13 * 4 * 16, "backward": 5 * 13 * 4 * 16, "both": 7 * 13 * 64}
+    pair = measure.attention_flops([(2, 3, 1)], H=4, D=16)  # documents of 5 and 3, less one of 2
+    assert pair["forward"] == 2 * (25 + 9 - 4) * 4 * 16
 
 
 def test_cross_entropy_flops():
@@ -49,13 +51,14 @@ def test_kernels_rehearsal(tmp_path):
     kernels.main(["--toy", "--out", str(tmp_path / "kernels.json")])
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert {"date", "command", "commit", "device", "versions"} <= results.keys()
-    assert len(results["attention"]) == 2 * len(kernels.ATTENTION)
+    assert len(results["attention"]) == 3 * len(kernels.ATTENTION)
     for row in results["attention"] + results["cross_entropy"]:
         assert ("ms" in row) != bool(row.get("skipped")), row
     if torch.cuda.is_available():
         return
-    others = [r for r in results["attention"] if r["provider"] != "ours"]
-    assert all(r["skipped"] == "needs a GPU" for r in others)
+    timed = [(r["row"], r["provider"]) for r in results["attention"] if "ms" in r]
+    twice = ("pairs 9 + 7", "ours, prompts twice")
+    assert timed == [(row, "ours") for row in ("dense 32", "packed 20", "pairs 9 + 7")] + [twice]
 
 
 def test_one_failure_does_not_end_the_comparison(tmp_path, monkeypatch, capsys):
@@ -184,10 +187,10 @@ BLOCK = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 5  # weights of q, k, v, o, and 
 def test_flops_of_the_loops():
     """Ours: real tokens and half the square of attention; padded: all positions, all the square."""
     ours = 3 * (6 * BLOCK * 5 + 6 * (2 * 2 + 3 * 3) * 8) + 6 * 11 * 8 * 4
-    assert sft.loop_flops(SHAPE, "ours", [2, 3], 4) == ours
-    assert sft.loop_flops(SHAPE, "its products", [2, 3], 4) == ours - 3 * 6 * 13 * 8
+    assert sft.loop_flops(SHAPE, "ours", [2, 3], 4, []) == ours
+    assert sft.loop_flops(SHAPE, "its products", [2, 3], 4, []) == ours - 3 * 6 * 13 * 8
     padded = 2 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 6 * 11 * 8 * 3)
-    assert sft.loop_flops(SHAPE, "transformers, 4", [2, 3], 4) == padded
+    assert sft.loop_flops(SHAPE, "transformers, 4", [2, 3], 4, []) == padded
 
 
 def test_products_have_the_flops_of_the_loop():
@@ -197,7 +200,7 @@ def test_products_have_the_flops_of_the_loop():
     products, done = sft.Products(SHAPE, documents, micro_tokens=16), []
     products.products = lambda rows, n_in, n_out: done.append(6 * rows * n_in * n_out)
     products.update(np.array([1, 2, 3]), 0.0)
-    assert sum(done) == sft.loop_flops(SHAPE, "its products", [9, 10, 4], 8 + 9 + 3)
+    assert sum(done) == sft.loop_flops(SHAPE, "its products", [9, 10, 4], 8 + 9 + 3, [])
 
 
 @pytest.fixture
@@ -227,11 +230,11 @@ def test_sft_rehearsal(base, chats, tmp_path):
 def test_flops_of_the_dpo_loops():
     """Ours makes the logits twice; padded loops compute a rectangle; TRL makes its logits twice."""
     lengths, head = [2, 3, 3, 3], 2 * 11 * 8
-    ours = sft.loop_flops(SHAPE, "ours", lengths, 7)
-    assert dpo.loop_flops(SHAPE, "ours", lengths, 7) == ours + head * 7
+    ours = sft.loop_flops(SHAPE, "ours", lengths, 7, [])
+    assert dpo.loop_flops(SHAPE, "ours", lengths, 7, []) == ours + head * 7
     padded = 4 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 3 * head * 3)
-    assert dpo.loop_flops(SHAPE, "transformers, 2", lengths, 7) == padded
-    assert dpo.loop_flops(SHAPE, "TRL, 2", lengths, 7) == padded + 4 * head * 3
+    assert dpo.loop_flops(SHAPE, "transformers, 2", lengths, 7, []) == padded
+    assert dpo.loop_flops(SHAPE, "TRL, 2", lengths, 7, []) == padded + 4 * head * 3
 
 
 @pytest.fixture

@@ -50,21 +50,30 @@ def compile_kernel(kernel, constants, pointers, integers, arch, options):
     return need | {"shared_memory": compiled.metadata.shared}, compiled.asm["ptx"]
 
 
-def compile_attention(name, arch, H, Hk, D, dtype):
+def compile_attention(name, arch, holes, H, Hk, D, dtype):
     """One attention kernel as `blocks` ships it."""
     import torch
 
     from kernels import attention
 
-    kernel = getattr(attention, name)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    options = attention.blocks(kernel, kind, SHARED_MEMORY[arch])
-    constants = dict(H=H, Hk=Hk, D=D, BM=options.pop("BM"), BN=options.pop("BN"))
+    options = attention.blocks(name, kind, SHARED_MEMORY[arch])
+    constants = dict(HOLES=holes, H=H, Hk=Hk, D=D, BM=options.pop("BM"), BN=options.pop("BN"))
     pointers = dict.fromkeys(("q", "k", "v", "out", "d_out", "dq", "dk", "dv"), dtype)
-    pointers |= dict(lse="fp32", delta="fp32", doc_start="i32", doc_end="i32")
-    need, ptx = compile_kernel(kernel, constants, pointers, {"T": False}, arch, options)
+    pointers |= dict(lse="fp32", delta="fp32", tiles="i32")
+    need, ptx = compile_kernel(
+        getattr(attention, name), constants, pointers, {"T": False}, arch, options
+    )
     need["tensor_core_instructions"] = len(re.findall(r"wgmma\.mma_async|mma\.sync", ptx))
-    return {"kernel": name, "arch": arch, "H": H, "Hk": Hk, "D": D, "dtype": dtype} | need
+    return {
+        "kernel": name,
+        "arch": arch,
+        "holes": holes,
+        "H": H,
+        "Hk": Hk,
+        "D": D,
+        "dtype": dtype,
+    } | need
 
 
 def compile_softmax(arch, dtype, gradient, V):
@@ -84,7 +93,9 @@ def compile_softmax(arch, dtype, gradient, V):
 
 def print_table():
     """One JSON line per kernel, chip and configuration."""
-    names = ("forward_kernel", "backward_q_kernel", "backward_kv_kernel")
+    # Rows of documents, and of pairs; for dk and dv both are the same walk.
+    names = [(name, holes) for name in ("forward_kernel", "backward_q_kernel") for holes in (0, 1)]
+    names.append(("backward_kv_kernel", 0))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rows = [
             pool.submit(compile_softmax, arch, dtype, gradient, V)
@@ -94,9 +105,9 @@ def print_table():
             for V in (32000, 1000)
         ]
         rows += [
-            pool.submit(compile_attention, name, arch, *shape)
+            pool.submit(compile_attention, name, arch, holes, *shape)
             for arch in SHARED_MEMORY
-            for name in names
+            for name, holes in names
             for shape in SHAPES + LLAMA_2
         ]
         for row in rows:
@@ -128,7 +139,7 @@ def test_shared_memory_fits_the_chip(table):
 def test_products_run_on_tensor_cores(table):
     """In 16 bits, every product of attention; fp32 is multiplied as fp32, which they cannot."""
     sixteen = [row for row in table if "D" in row and row["dtype"] != "fp32"]
-    assert len(sixteen) == 2 * 3 * (2 * 8 + 3)
+    assert len(sixteen) == 2 * 5 * (2 * 8 + 3)
     assert [row for row in sixteen if row["tensor_core_instructions"] == 0] == []
 
 
