@@ -120,9 +120,8 @@ def main(flags):
     optimizer = update.make_optimizer(model, config)
     # The model that training starts from is the reference, so it is loaded for a resumed run, too.
     load_hf(model, config.model)
-    weights = run.facts["weights"]
-    references = reference_logps(model, documents, config, weights, device)  # (n, 2)
-    held_out = reference_logps(model, run.held_out, config, weights, device)
+    references = reference_logps(model, documents, config, run.facts["weights"], device)  # (n, 2)
+    held_out = reference_logps(model, run.held_out, config, run.facts["weights"], device)
     first = resume_run(run.out, model, optimizer, config.keep)
     start_log(run, config, first, device)
 

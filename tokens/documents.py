@@ -73,11 +73,20 @@ class Documents:
                 f"its first {max_seq_len} tokens, expected assistant messages"
                 + (f" (--too-long drop leaves out {self.dropped})" if self.dropped else "")
             )
-        *columns, prompts = columns[:, trains]
-        self.file, self.start, self.lengths, self.trained_counts, self.turns, self.numbers = columns
+        (
+            self.file,
+            self.start,
+            self.lengths,
+            self.trained_counts,
+            self.turns,
+            self.numbers,
+            prompts,
+        ) = columns[:, trains]
         self.shared = np.zeros_like(self.lengths)
         if per_record > 1:
-            self.shared[:, 1] = [self.shared_prompt(i, *both) for i, both in enumerate(prompts)]
+            self.shared[:, 1] = [
+                self.shared_prompt(i, *lengths) for i, lengths in enumerate(prompts)
+            ]
         self.tokens = (self.lengths - self.shared).sum(1)
         self.squares = (self.lengths**2 - self.shared**2).sum(1)
 
@@ -104,9 +113,9 @@ class Documents:
     def part(self, chosen):
         """The documents of the `chosen` records alone, (records,) of bool."""
         part = copy.copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):  # one entry, or one line, a record
-                setattr(part, name, value[chosen])
+        for name, array in vars(self).items():
+            if isinstance(array, np.ndarray):  # one row a record
+                setattr(part, name, array[chosen])
         part.key = hashlib.sha256(self.key.encode() + chosen.tobytes()).hexdigest()
         return part
 

@@ -20,7 +20,7 @@ from program.progress import progress_bar
 def answer_logps(model, documents, pairs, device):
     """Summed log-probability (n, 2) of the chosen and the rejected answer of each of n pairs.
 
-    The records are one packed row, in which a prompt stands once. Of conversations it is (n, 1), of
+    The pairs are one packed row, in which a prompt stands once. Of conversations it is (n, 1), of
     all their answers. Differentiable; the reference is computed by this, too.
     """
     arrays = pack_row(documents.sequences(pairs), documents.shared[pairs].ravel())
