@@ -10,7 +10,8 @@ import numpy as np
 from data import plan_rows, update_count, update_members
 from planning.speed import Row
 
-SAMPLE = 24  # updates of which rows are planned, evenly over the run
+SAMPLE = 24  # updates of which rows are planned for the time, evenly over the run
+EXTREME = 8  # and for the memory: those with the most tokens, those with the longest records
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Updates:
     """Some updates of a run, each as lists of `Row`, one list for each rank; and their number."""
 
     rows: list[list[list[Row]]]
+    extreme: list[list[list[Row]]]  # of updates that take the most memory
     total: int
     tokens: float  # of an update, on average, all ranks together
 
@@ -77,16 +79,21 @@ class Updates:
 def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, seed=42):
     """The rows of up to `SAMPLE` updates of the run, planned as the loops plan them."""
     _, total = update_count(len(lengths.tokens), batch_size, epochs)
-    steps = np.unique(np.linspace(0, total - 1, SAMPLE).astype(int))
-    sampled, tokens = [], 0
-    for step in steps:
-        _, members = update_members(len(lengths.tokens), batch_size, seed, step)
-        of_records = lengths.tokens[members]
+    count = len(lengths.tokens)
+
+    def rows_of(step):
+        _, members = update_members(count, batch_size, seed, step)
+        of_records, trained = lengths.tokens[members], lengths.trained[members].sum(1)
         plan = plan_rows(of_records.sum(1), ranks, micro_tokens, config.hidden_size)
-        trained = lengths.trained[members].sum(1)
-        sampled.append([[row_of(of_records[r], trained[r]) for r in rank] for rank in plan])
-        tokens += of_records.sum()
-    return Updates(sampled, total, tokens / len(steps))
+        return [[row_of(of_records[r], trained[r]) for r in rank] for rank in plan]
+
+    sizes = lengths.tokens.sum(1)
+    members = (update_members(count, batch_size, seed, step)[1] for step in range(total))
+    tokens, longest = np.array([(sizes[m].sum(), sizes[m].max()) for m in members]).T
+    extreme = {*tokens.argsort()[-EXTREME:], *longest.argsort()[-EXTREME:]}
+    steps = np.unique(np.linspace(0, total - 1, SAMPLE).astype(int))
+    rows, extreme_rows = [rows_of(step) for step in steps], [rows_of(step) for step in extreme]
+    return Updates(rows, extreme_rows, total, tokens[steps].mean())
 
 
 def row_of(tokens, trained):
@@ -94,15 +101,13 @@ def row_of(tokens, trained):
     return Row(max(1, int(tokens.sum())), int((tokens**2).sum()), int(trained.sum()))
 
 
-def extent(lengths, updates, micro_tokens):
+def extent(updates, micro_tokens):
     """(tokens of the longest row, most rows of a rank, trained tokens of a row): for memory.
 
-    Of the updates that were planned and of the longest record; a tenth more for the others, at
-    most --micro-tokens.
+    Of the updates that were planned; a tenth more for the others, at most --micro-tokens.
     """
-    rows = [row for ranks in updates.rows for rank in ranks for row in rank]
-    longest = max(int(lengths.tokens.sum(1).max()), int(1.1 * max(row.tokens for row in rows)))
-    longest = min(longest, micro_tokens)
-    predicted = max(int(lengths.trained.sum(1).max()), max(row.predicted for row in rows))
-    passes = max(len(rank) for ranks in updates.rows for rank in ranks)
-    return longest, passes, min(predicted, longest)
+    ranks = [rank for update in updates.rows + updates.extreme for rank in update]
+    rows = [row for rank in ranks for row in rank]
+    longest = min(micro_tokens, int(1.1 * max(row.tokens for row in rows)))
+    predicted = min(longest, int(1.1 * max(row.predicted for row in rows)))
+    return longest, max(map(len, ranks)), predicted
