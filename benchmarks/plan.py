@@ -2,8 +2,9 @@
 
 Peaks and seconds are those of the runs on one H200 in results/gpu/; peaks on 8 and 64 ranks are
 torch's FSDPMemTracker's, which runs the model's own code on tensors without memory, in a process
-group without other processes, eagerly. Then a table of what a GPU hour buys: four sizes on 1 to 64
-GPUs. Writes results/plan.json.
+group without other processes, eagerly. Beside figures that others published for many GPUs stands what
+planning/ gives for our loops on rows of that length. Then plan.py's answers for four sizes on 1 to
+64 GPUs. Writes results/plan.json.
 """
 
 import functools
@@ -25,6 +26,7 @@ from benchmarks.measure import write
 from kernels.attention import attention_triton
 from kernels.cross_entropy import linear_cross_entropy_triton
 from plan import read_model
+from planning.fit import fastest
 from planning.gpus import GPUS
 from planning.memory import GIB, Layout, peak
 from planning.report import figures
@@ -61,6 +63,18 @@ TRACKED = [
     ("70b", 3, 64, 16384, 2, 1),
 ]
 
+# Other stacks on many GPUs, bf16 and FSDP: size, GPUs, kind, tokens of a row and of a document, and
+# the tokens/s a GPU that were published (llm-foundry, scripts/train/benchmarking; fms-fsdp, README;
+# torchtitan, docs/performance.md). Their recomputation and batches differ from ours.
+PUBLISHED = [
+    ("llm-foundry", "7b", 8, "h100", 12288, 2048, 10643),
+    ("fms-fsdp", "7b", 96, "h100", 8192, 4096, 9600),
+    ("fms-fsdp", "13b", 96, "h100", 8192, 4096, 4850),
+    ("fms-fsdp", "70b", 96, "h100", 8192, 4096, 890),
+    ("fms-fsdp", "70b", 128, "a100", 8192, 4096, 410),
+    ("torchtitan", "70b", 64, "a100", 8192, 4096, 353),
+]
+
 
 def measured():
     """`(name, rows, seconds, peak in GiB or None)` of every update that was measured.
@@ -88,6 +102,16 @@ def computed(rows):
     layout = Layout(1, 1, last.tokens, len(rows), last.predicted, config.num_hidden_layers)
     seconds = sum(update_seconds(config, layout, GPUS["h200"], [rows]).values())
     return seconds, sum(peak(config, layout)[1].values()) / GIB
+
+
+def full_rows(size, ranks, kind, tokens, document):
+    """(tokens/s a GPU, blocks recomputed) that planning/ gives for a row a rank, all equal."""
+    config, gpu = read_model(size), GPUS[kind]
+    layout = Layout(ranks, row_tokens=tokens, rows=1, predicted=tokens)
+    layout = fastest(config, layout, gpu.gib)
+    rows = [[Row(tokens, tokens * document, tokens)]] * ranks
+    seconds = sum(update_seconds(config, layout, gpu, rows).values())
+    return tokens / seconds, layout.recompute
 
 
 def shortened(size, layers):
@@ -181,10 +205,16 @@ def main(arguments):
         seen, ours = tracked_peak(case), computed_peak(case)
         tracked.append({"case": case, "tracker_gib": seen, "computed_gib": ours})
         print(f"{case}: tracker {seen:.3f} GiB, computed {ours:.3f} ({ours / seen - 1:+.1%})")
+    others = []
+    for stack, *case, theirs in PUBLISHED:
+        ours, recompute = full_rows(*case)
+        others.append({"stack": stack, "case": case, "published": theirs, "computed": ours})
+        print(f"{stack} {case}: {theirs} tokens/s a GPU; ours by planning/ {ours:.0f}", end="")
+        print(f" ({ours / theirs - 1:+.0%}), {recompute} blocks recomputed")
     cells = table(options.gpu)
     for cell in cells:
         says = f"{cell['hours']:.1f} h, MFU {cell['mfu']:.0%}" if cell["fits"] else "does not fit"
         gib = cell["gib"]["total"]
         print(f"{cell['size']} {cell['stage']} on {cell['gpus']}: {gib:.0f} GiB, {says}")
-    facts = {"updates": updates, "tracked": tracked, "table": cells}
+    facts = {"updates": updates, "tracked": tracked, "published": others, "table": cells}
     write("plan", options, arguments, torch.device("cpu"), **facts)

@@ -9,6 +9,7 @@ import numpy as np
 
 from data import plan_rows, update_count, update_members
 from planning.speed import Row
+from program.errors import InputError
 
 SAMPLE = 24  # updates of which rows are planned for the time, evenly over the run
 EXTREME = 8  # and for the memory: those with the most tokens, those with the longest records
@@ -41,17 +42,15 @@ def ultrafeedback():
     """61,966 pairs of prompts of 185 and answers of 305 tokens on average, spread like chats.
 
     The means are recalled figures of UltraFeedback (binarized, November 2023), not counted; the
-    spread is log-normal with sigma 0.9. Answers are trained.
+    spread is log-normal with sigma 0.9, up to 2,048 tokens each, about what the models that
+    answered could write. Answers are trained.
     """
     count = 61_966
     chances = np.random.default_rng(0).standard_normal((count, 3))
     sizes = np.exp(0.9 * chances - 0.405) * (185, 305, 305)
+    sizes = np.clip(sizes.astype(np.int64), 1, 2048)
     prompt, answers = sizes[:, :1], sizes[:, 1:]
-    return Lengths(
-        "UltraFeedback (lengths by recalled means)",
-        np.clip((prompt + answers).astype(np.int64), 2, 8192),
-        np.clip(answers.astype(np.int64), 1, 8192),
-    )
+    return Lengths("UltraFeedback (lengths by recalled means)", prompt + answers, answers)
 
 
 def spread(name, tokens, share):
@@ -64,6 +63,16 @@ def cut(lengths, max_seq_len):
     """The same, with sequences cut at so many tokens."""
     tokens = np.minimum(lengths.tokens, max_seq_len)
     return Lengths(lengths.name, tokens, np.minimum(lengths.trained, tokens))
+
+
+def check_rows(lengths, micro_tokens):
+    """Raise `InputError` where the longest record does not fit into one row."""
+    longest = int(lengths.tokens.sum(1).max())
+    if longest > micro_tokens:
+        raise InputError(
+            f"--micro-tokens is {micro_tokens}, expected at least {longest}, the longest record of "
+            f"{lengths.name}; a smaller --max-seq-len cuts it"
+        )
 
 
 @dataclass(frozen=True)
