@@ -2,9 +2,9 @@
 
 Peaks and seconds are those of the runs on one H200 in results/gpu/; peaks on 8 and 64 ranks are
 torch's FSDPMemTracker's, which runs the model's own code on tensors without memory, in a process
-group without other processes, eagerly. Beside figures that others published for many GPUs stands what
-planning/ gives for our loops on rows of that length. Then plan.py's answers for four sizes on 1 to
-64 GPUs. Writes results/plan.json.
+group without other processes, eagerly. Then figures that others published for many GPUs, beside
+what planning/ gives for our loops on rows of that length; and plan.py's answers for four sizes on 1
+to 64 GPUs. Writes results/plan.json.
 """
 
 import functools
