@@ -165,7 +165,7 @@ def tracked_peak(case):
 
 
 def table(kind):
-    """What plan.py says of Tulu 2, SFT then DPO, on GPUs of one kind."""
+    """What plan.py says of Tulu 2 on GPUs of one kind: SFT and DPO at the paper's settings."""
     cells = []
     for size in ("7b", "13b", "34b", "70b"):
         for ranks in (1, 8, 16, 64):
