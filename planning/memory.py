@@ -26,7 +26,7 @@ GIB = 2**30
 # Bytes of a weight in NF4 with double quantisation: 4 bits, an 8-bit scale for each 64 weights, an
 # fp32 scale for each 256 of those (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-# fp32 logits that the loss kernel holds at a time, in bytes: kernels/cross_entropy.py.
+# Bytes of fp32 logits that the loss kernel holds at most at a time: kernels/cross_entropy.py.
 LOGITS = 256 << 20
 
 
@@ -212,7 +212,8 @@ def loss_bytes(config, layout):
     """Bytes of head and loss: hidden states and their gradient, the head's gradient in fp32 beside
     a chunk of logits or its copy in the compute type (kernels/cross_entropy.py)."""
     V, E, N, b = config.vocab_size, config.hidden_size, layout.predicted, layout.width
-    return 2 * b * N * E + 4 * V * E + max(min(LOGITS, 4 * N * V), b * V * E)
+    rows = min(N, max(1, LOGITS // (4 * V) // 1024) * 1024)  # of a chunk: whole tiles
+    return 2 * b * N * E + 4 * V * E + max(4 * rows * V, b * V * E)
 
 
 def reserve(layout, tensors):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.plan import TRACKED, computed, computed_peak, measured, tracked_peak
+from benchmarks.plan import GPU_RESULTS, TRACKED, computed, computed_peak, measured, tracked_peak
 from harm import FORKS
 from kernels.attention import attention_triton, document_ends
 from model import Block, LlamaConfig, rotary_angles
 from plan import SIZES, read_model
-from planning.memory import GIB, Layout, kept, memory, moments, peak, weights
+from planning.memory import GIB, Layout, kept, loss_bytes, memory, moments, peak, weights
 from program.errors import InputError
 
 PEAKS = {name: (rows, gib) for name, rows, _, gib in measured() if gib}
@@ -196,3 +197,24 @@ def test_the_peak_is_at_a_named_moment():
     assert peak(config, Layout(rows=1, recompute=RECOMPUTED))[0] == "block 0, SwiGLU"
     few = Layout(rows=2, row_tokens=1024, predicted=512, recompute=RECOMPUTED)
     assert peak(config, few)[0] == "block 31, sum"
+
+
+LOSSES = json.loads((GPU_RESULTS / "kernels.json").read_text())["cross_entropy"]
+LOSSES = [record for record in LOSSES if record["provider"].startswith("ours")]
+
+
+@pytest.mark.parametrize("record", LOSSES, ids=lambda r: f"{r['provider']}-{r['N']}")
+def test_loss_takes_what_it_took_on_a_gpu(record):
+    """Head and loss on the H200, beside hidden states and weights: to the MiB."""
+    config, N = read_model("7b"), record["N"]
+    size = loss_bytes(config, Layout(predicted=N)) / 2**20
+    hidden = 2 * N * config.hidden_size / 2**20
+    assert size - hidden == pytest.approx(record["peak_mib"], abs=1)
+
+
+def test_a_shallow_model_peaks_at_the_loss():
+    """One block with a narrow MLP, and a long row of trained tokens."""
+    config = dataclasses.replace(read_model("7b"), num_hidden_layers=1, intermediate_size=64)
+    layout = Layout(rows=1, row_tokens=65536, predicted=65536)
+    name, items = peak(config, layout)
+    assert name == "loss" and items["loss"] == loss_bytes(config, layout)
