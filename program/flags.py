@@ -60,6 +60,8 @@ MAY_CHANGE_ON_RESUME = {
     "compile",
 }
 
+MAY_BE_EMPTY = {"prompt", "system"}  # texts
+
 # What --help calls the values of a list that does not hold paths.
 METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME"}
 
@@ -107,7 +109,10 @@ def parse_args(config_class, argv=None):
         group.add_argument("--" + field.name.replace("_", "-"), help=help, **options)
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():
-        if value == []:  # argparse's reading of `--epochs=--`
+        # [] is argparse's reading of `--epochs=--`. "" is what a shell makes of a variable that is
+        # not set, and as a path it would be the current folder.
+        values = value if isinstance(value, list) else [value]
+        if not values or ("" in values and name not in MAY_BE_EMPTY):
             refuse(f"--{name.replace('_', '-')}: expected a value")
     return flags
 

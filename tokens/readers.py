@@ -7,6 +7,7 @@ the file and the record. Except for a `.json` list, memory holds a batch and nev
 
 import contextlib
 import gzip
+import itertools
 import json
 import zlib
 from codecs import BOM_UTF8
@@ -26,19 +27,20 @@ def data_files(paths):
     """
     files = []
     for path in map(Path, paths):
+        found = [path]
         if path.is_dir():
-            inside = [p for p in sorted(path.iterdir()) if p.is_file() and is_data(p)]
-            if not inside:
+            found = [p for p in sorted(path.iterdir()) if is_data(p) and not p.is_dir()]
+            if not found:
                 raise InputError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            files += inside
-        elif not path.exists():
-            raise InputError(f"{path}: no such file or folder")
-        elif not is_data(path):
-            raise InputError(f"{path}: unknown kind of file, expected {', '.join(SUFFIXES)}")
-        elif not path.is_file():
-            raise InputError(f"{path}: a pipe or a device, expected a file: it is read twice")
-        else:
-            files.append(path)
+        for file in found:
+            if not file.exists():
+                link = f" (a link to {file.readlink()})" if file.is_symlink() else ""
+                raise InputError(f"{file}: no such file or folder{link}")
+            if not is_data(file):
+                raise InputError(f"{file}: unknown kind of file, expected {', '.join(SUFFIXES)}")
+            if not file.is_file():
+                raise InputError(f"{file}: a pipe or a device, expected a file: it is read twice")
+        files += found
     return files
 
 
@@ -113,7 +115,11 @@ def read_parquet(path, fields):
         wanted = [name for name in names if fields is None or name in fields]
         # A column that is not read may hold pictures, or dates that Python does not know.
         unread = {name: "not read" for name in names if name not in wanted}
-        for batch in table.iter_batches(BATCH_RECORDS, columns=wanted):
+        # By row group: pyarrow cannot join two of them where texts in messages are dictionaries.
+        for batch in itertools.chain.from_iterable(
+            table.iter_batches(BATCH_RECORDS, [group], wanted)
+            for group in range(table.num_row_groups)
+        ):
             values = [unread.copy() for _ in range(batch.num_rows)]
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 column = values_of(column, name, path, first)
@@ -146,7 +152,7 @@ def parquet(path):
         # Open-Orca's needed 1 GB instead of 142 MiB.
         with pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as table:
             yield table
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the names, too
         raise InputError(f"{path}: not a readable parquet file ({error})") from None
 
 

@@ -44,7 +44,8 @@ def prompt_completion(record):
 
 def alpaca(record):
     refuse_unread(record)
-    parts = [text_of(record.get(name) or "", name) for name in ("instruction", "input")]
+    fields = ("instruction", "input") if has(record, ["input"]) else ("instruction",)
+    parts = [text_of(record[name], name) for name in fields]
     question = "\n\n".join(part for part in parts if part.strip())
     answer = text_of(record["output"], "output")
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -112,7 +113,7 @@ def whole_side(record, name):
     side, prompt = plain_messages(record.get(name), name), record.get("prompt")
     if side[-1]["role"] != "assistant":
         raise ValueError(f"{name} ends with {side[-1]['role']}, expected an assistant's answer")
-    if not (prompt.strip() if isinstance(prompt, str) else prompt):
+    if prompt in (None, []) or (isinstance(prompt, str) and not prompt.strip()):
         if len(side) == 1:
             raise ValueError(
                 f"{name} has nothing before its answer, and there is no prompt "
@@ -216,4 +217,7 @@ def text_of(content, where):
 
 def excerpt(value):
     """The first 40 characters of a value as JSON, for a message; parquet holds other types, too."""
-    return json.dumps(value, default=repr)[:40]
+    try:
+        return json.dumps(value, default=repr)[:40]
+    except RecursionError:  # it could be read just so
+        return f"a deeply nested {type(value).__name__}"

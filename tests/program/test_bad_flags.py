@@ -73,6 +73,14 @@ def test_flags_that_do_not_fit_the_data(refused, conversations):
     assert "has a trained token in its first 2 tokens" in refused(max_seq_len=2)
 
 
+@pytest.mark.parametrize("given", [["--model", ""], ["--out="], ["--data", "a.jsonl", ""]], ids=str)
+def test_an_empty_path(given):
+    """What a shell makes of a variable that is not set does not mean the current folder."""
+    with pytest.raises(InputError, match=rf"{given[0].strip('=')}: expected a value"):
+        parse_args(sft.SFTConfig, given)
+    assert parse_args(GenerateConfig, ["--system", ""]) == {"system": ""}
+
+
 @pytest.mark.parametrize("given", ["model", "data"])
 def test_model_without_data(given, tmp_path, monkeypatch):
     """--model and --data go together; one alone does not start the demo."""

@@ -7,7 +7,7 @@ import pytest
 
 from program.errors import InputError
 from tokens import readers
-from tokens.readers import records
+from tokens.readers import data_files, records
 
 RECORDS = [{"a": k, "text": "é😀\n" * k} for k in range(7)]
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
@@ -49,3 +49,14 @@ def test_records_before_a_bad_line_come_first(tmp_path):
     assert [next(rows)[1] for _ in RECORDS] == RECORDS
     with pytest.raises(InputError, match="a.jsonl:8: not JSON .*expected one JSON object a line"):
         next(rows)
+
+
+def test_a_folder_is_read_whole_or_refused(tmp_path):
+    """Hidden files and folders are no data; a link to what is not there is, and cannot be read."""
+    for name in ("b.parquet", "a.jsonl", ".c.json", "README.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "d.json").mkdir()
+    assert data_files([tmp_path]) == [tmp_path / "a.jsonl", tmp_path / "b.parquet"]
+    (tmp_path / "e.json").symlink_to(tmp_path / "blob")
+    with pytest.raises(InputError, match=r"e.json: no such file or folder \(a link to .*blob\)"):
+        data_files([tmp_path])

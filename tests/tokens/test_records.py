@@ -1,6 +1,7 @@
 """records.py: the shapes of records, what is trained in them, and which records are refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import data
 import sft
 from program.errors import InputError
 from tokens.documents import Documents
+from tokens.readers import parse
 from tokens.records import encode_conversation, encode_pair
-from tokens.shapes import conversation, remark
+from tokens.shapes import conversation, pair, remark
 from tokens.tokenizer import Tokenizer
 
 
@@ -336,6 +338,18 @@ def test_any_record_is_encoded_or_refused(base_tokenizer, record):
             remark(record, encode is encode_pair)
         except ValueError as error:
             assert 0 < len(str(error)) < 500
+
+
+def test_what_is_nested_too_deeply_is_refused():
+    """Wherever Python's stack ends: while it is read, or when it is put into the message."""
+    limit = sys.getrecursionlimit()
+    for depth in range(limit - 200, limit + 5):
+        deep = "[" * depth + "]" * depth
+        for line in ('{"messages": %s}', '{"messages": [%s]}', '{"chosen": %s}'):
+            with pytest.raises(ValueError) as caught:
+                record = parse((line % deep).encode(), "a.jsonl", 1)
+                (conversation if "messages" in record else pair)(record)
+            assert len(str(caught.value)) < 500
 
 
 @pytest.fixture(scope="session")
