@@ -41,6 +41,10 @@ BOUNDS = {
     "temperature": (0, math.inf),
     "top_p": (0, 1),
     "max_new_tokens": (1, math.inf),
+    "gpus": (1, math.inf),
+    "price": (0, math.inf),
+    "lora_rank": (0, math.inf),
+    "lora_dropout": (0, 1),
 }
 # Bounds that are not allowed.
 EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "eval_share": 1, "top_p": 0}

@@ -14,10 +14,11 @@ FLOORS = [
     {"program", "kernels"},
     {"model", "tokens"},
     {"data", "checkpoint"},
+    {"planning"},
     {"training", "decoding", "tulu_mixture"},
     {"demo"},
     {"evals"},
-    {"sft", "dpo", "generate", "evaluate", "mixture", "plot"},
+    {"sft", "dpo", "generate", "evaluate", "mixture", "plot", "plan"},
     {"benchmarks"},
     {"bench"},
 ]

@@ -1,0 +1,122 @@
+"""The updates of a run, as far as memory and time depend on them: lengths in, rows out.
+
+Lengths are those of a data set that is there, or the published figures of Tulu 2's two.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data import plan_rows, update_count, update_members
+from planning.speed import Row
+from program.errors import InputError
+
+SAMPLE = 24  # updates of which rows are planned for the time, evenly over the run
+EXTREME = 8  # and for the memory: those with the most tokens, those with the longest records
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens and trained tokens of each record, both (records, sequences of a record)."""
+
+    name: str
+    tokens: np.ndarray
+    trained: np.ndarray
+
+
+def mixture():
+    """326,154 conversations with the lengths that the paper states of the Tulu V2 mixture.
+
+    Quartiles 230 and 1,464, mean 1,097, 63,900 above 2,048 and 20 above 8,192 (Ivison et al. 2023,
+    section 2.1); linear between, the median chosen for the mean. Assumed: 0.3 % above 4,096, at
+    which ShareGPT's were split; 0.6 of the tokens trained, as of Code Alpaca and GSM8K.
+    """
+    count = 326_154
+    shares = [0, 0.25, 0.5, 0.75, 1 - 63_900 / count, 0.997, 1 - 20 / count, 1]
+    tokens = [20, 230, 594, 1464, 2048, 4096, 8192, 8192]
+    quantiles = np.interp((np.arange(count) + 0.5) / count, shares, tokens)
+    return spread("the Tulu V2 mixture (lengths by the paper's figures)", quantiles[:, None], 0.6)
+
+
+def ultrafeedback():
+    """61,966 pairs of prompts of 185 and answers of 305 tokens on average, spread like chats.
+
+    The means are recalled figures of UltraFeedback (binarized, November 2023), not counted; the
+    spread is log-normal with sigma 0.9, up to 2,048 tokens each, about what the models that
+    answered could write. Answers are trained.
+    """
+    count = 61_966
+    chances = np.random.default_rng(0).standard_normal((count, 3))
+    sizes = np.exp(0.9 * chances - 0.405) * (185, 305, 305)
+    sizes = np.clip(sizes.astype(np.int64), 1, 2048)
+    prompt, answers = sizes[:, :1], sizes[:, 1:]
+    return Lengths("UltraFeedback (lengths by recalled means)", prompt + answers, answers)
+
+
+def spread(name, tokens, share):
+    """`Lengths` (records, sequences) with the same share of each record's tokens trained."""
+    tokens = tokens.astype(np.int64)
+    return Lengths(name, tokens, np.maximum(1, tokens * share).astype(np.int64))
+
+
+def cut(lengths, max_seq_len):
+    """The same, with sequences cut at so many tokens."""
+    tokens = np.minimum(lengths.tokens, max_seq_len)
+    return Lengths(lengths.name, tokens, np.minimum(lengths.trained, tokens))
+
+
+def check_rows(lengths, micro_tokens):
+    """Raise `InputError` where the longest record does not fit into one row."""
+    longest = int(lengths.tokens.sum(1).max())
+    if longest > micro_tokens:
+        raise InputError(
+            f"--micro-tokens is {micro_tokens}, expected at least {longest}, the longest record of "
+            f"{lengths.name}; a smaller --max-seq-len cuts it"
+        )
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Some updates of a run, each as lists of `Row`, one list for each rank; and their number."""
+
+    rows: list[list[list[Row]]]
+    extreme: list[list[list[Row]]]  # of updates that take the most memory
+    total: int
+    tokens: float  # of an update, on average, all ranks together
+
+
+def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, seed=42):
+    """The rows of up to `SAMPLE` updates of the run, planned as the loops plan them."""
+    _, total = update_count(len(lengths.tokens), batch_size, epochs)
+    count = len(lengths.tokens)
+
+    def rows_of(step):
+        _, members = update_members(count, batch_size, seed, step)
+        of_records, trained = lengths.tokens[members], lengths.trained[members].sum(1)
+        plan = plan_rows(of_records.sum(1), ranks, micro_tokens, config.hidden_size)
+        return [[row_of(of_records[r], trained[r]) for r in rank] for rank in plan]
+
+    sizes = lengths.tokens.sum(1)
+    members = (update_members(count, batch_size, seed, step)[1] for step in range(total))
+    tokens, longest = np.array([(sizes[m].sum(), sizes[m].max()) for m in members]).T
+    extreme = {*tokens.argsort()[-EXTREME:], *longest.argsort()[-EXTREME:]}
+    steps = np.unique(np.linspace(0, total - 1, SAMPLE).astype(int))
+    rows, extreme_rows = [rows_of(step) for step in steps], [rows_of(step) for step in extreme]
+    return Updates(rows, extreme_rows, total, tokens[steps].mean())
+
+
+def row_of(tokens, trained):
+    """The `Row` of records of so many tokens (n, sequences), trained (n,); an empty one is 1."""
+    return Row(max(1, int(tokens.sum())), int((tokens**2).sum()), int(trained.sum()))
+
+
+def extent(updates, micro_tokens):
+    """(tokens of the longest row, most rows of a rank, trained tokens of a row): for memory.
+
+    Of the updates that were planned; a tenth more for the others, at most --micro-tokens.
+    """
+    ranks = [rank for update in updates.rows + updates.extreme for rank in update]
+    rows = [row for rank in ranks for row in rank]
+    longest = min(micro_tokens, int(1.1 * max(row.tokens for row in rows)))
+    predicted = min(longest, int(1.1 * max(row.predicted for row in rows)))
+    return longest, max(map(len, ranks)), predicted
