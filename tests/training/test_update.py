@@ -133,6 +133,29 @@ def test_clipping(clip, scale):
     torch.testing.assert_close(model[0].grad, torch.tensor([3.0, 4.0]) * scale, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-6, 0.5, 1, 3e7])  # of the limit; below 1, torch's 1e-6 counts
+def test_clipping_is_torchs_bit_for_bit_and_leaves_short_gradients_alone(size):
+    """At norms around the limit, of which torch's fp32 rounding makes what it likes, and far off.
+
+    Gradients well below the limit are not even multiplied by 1: no kernel writes them.
+    """
+    direction = torch.randn(101, generator=torch.Generator().manual_seed(0))
+    direction /= direction.norm()
+    scaled = 0
+    for ratio in [0, 0.1, 0.99, *(1 + 2e-7 * k for k in range(-20, 21)), 7]:
+        ours, theirs = (torch.nn.ParameterList([torch.zeros(101)]) for _ in range(2))
+        for model in (ours, theirs):
+            model[0].grad = direction * (size * ratio)
+        version = ours[0].grad._version
+        norm = clip_gradients(ours, size)
+        assert norm == torch.nn.utils.clip_grad_norm_(theirs.parameters(), size).item()
+        assert torch.equal(ours[0].grad, theirs[0].grad)
+        changed = not torch.equal(ours[0].grad, direction * (size * ratio))
+        scaled += changed
+        assert (ours[0].grad._version > version) == (norm + 1e-6 > 0.999 * size) >= changed
+    assert scaled > 10
+
+
 @pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
 def test_what_is_not_finite_stops_the_run(loss, norm):
     """Naming the update and its data."""
