@@ -30,7 +30,7 @@ from checkpoint.weights import load_hf, save_hf
 from data import plan_rows, update_count, update_members
 from demo import command as demo
 from program.errors import RunError, reported
-from program.flags import parse_args, resolve
+from program.flags import parse_args
 from program.ranks import gather_lists, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_pair
@@ -104,9 +104,8 @@ def check_first_loss(step, loss, config):
 
 def main(flags):
     rank, world, device = start()
-    config = resolve(DPOConfig(**flags), device)
-    run = open_run(config, encode_pair, pairs=True)
-    documents, model = run.documents, run.model
+    run = open_run(DPOConfig(**flags), device, encode_pair, pairs=True)
+    config, documents, model = run.config, run.documents, run.model
     _, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
 

@@ -27,7 +27,7 @@ from checkpoint.weights import load_hf, save_hf
 from data import pack_row, plan_rows, update_count, update_members
 from demo import command as demo
 from program.errors import reported
-from program.flags import parse_args, resolve
+from program.flags import parse_args
 from program.ranks import gather_lists, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
@@ -59,9 +59,8 @@ class SFTConfig(RunFlags):
 
 def main(flags):
     rank, world, device = start()
-    config = resolve(SFTConfig(**flags), device)
-    run = open_run(config, encode_conversation)
-    documents, model = run.documents, run.model
+    run = open_run(SFTConfig(**flags), device, encode_conversation)
+    config, documents, model = run.config, run.documents, run.model
     _, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
 

@@ -30,6 +30,8 @@ BOUNDS = {
     "max_steps": (0, math.inf),
     "save_every": (0, math.inf),
     "keep": (1, math.inf),
+    "recompute": (0, math.inf),
+    "replicas": (1, math.inf),
     "seed": (0, 2**63),
     "show": (0, math.inf),
     "slots": (1, math.inf),
@@ -53,6 +55,7 @@ MAY_CHANGE_ON_RESUME = {
     "keep",
     "keep_checkpoints",
     "recompute",
+    "replicas",
     "compile",
 }
 
@@ -121,7 +124,7 @@ def check_bounds(config):
     if dtype not in (None, "bfloat16", "float32"):
         raise InputError(f"--dtype is {dtype}, expected bfloat16 or float32")
     for name, value in dataclasses.asdict(config).items():
-        if name not in BOUNDS:
+        if name not in BOUNDS or value is None:  # None: what the device decides
             continue
         low, high = BOUNDS[name]
         too_large = value >= (1 << 63 if isinstance(value, int) else math.inf)  # int64, or inf
@@ -134,9 +137,13 @@ def check_bounds(config):
 
 
 def resolve(config, device):
-    """The config, with its device-dependent defaults filled in."""
+    """The config, with its device-dependent defaults filled in.
+
+    A GPU's `recompute` stays None: training/fit.py knows, once model and data are known.
+    """
     gpu = device.type == "cuda"
-    defaults = {"dtype": "bfloat16" if gpu else "float32", "recompute": gpu, "compile": gpu}
+    defaults = {"dtype": "bfloat16" if gpu else "float32", "compile": gpu}
+    defaults["recompute"] = None if gpu else 0
     missing = {name: v for name, v in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 

@@ -133,7 +133,7 @@ def test_recomputation_and_compile_change_nothing_but_rounding(base, conversatio
     flags = ["--model", base, "--data", conversations, "--batch-size", 4, "--max-steps", 2]
     flags += ["--lr", 1e-3, "--out"]
     run_program("sft.py", *flags, tmp_path / "plain")
-    run_program("sft.py", *flags, tmp_path / "both", "--recompute", "--compile")
+    run_program("sft.py", *flags, tmp_path / "both", "--recompute", 2, "--compile")
     for a, b in zip(updates(tmp_path / "plain"), updates(tmp_path / "both"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)

@@ -15,5 +15,6 @@ class RunFlags:
     keep: int = 2  # resumable checkpoints that stay
     keep_checkpoints: bool = False  # a finished run keeps them, too
     dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
-    recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
+    recompute: int | None = None  # last N blocks run again in backward (default: what memory asks)
+    replicas: int = 1  # groups of ranks, each of which holds the whole model once (HSDP)
     compile: bool | None = None  # torch.compile per block (default: on a GPU)

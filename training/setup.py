@@ -16,16 +16,18 @@ from checkpoint.weights import find_tensors, weights_key
 from data import Documents, amount, check_micro_tokens, schedule, update_count
 from model import Llama
 from program.errors import InputError
-from program.flags import check_flags, run_facts
+from program.flags import check_flags, resolve, run_facts
 from program.hardware import environment
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
+from training.fit import check_layout
 
 
 @dataclass
 class Run:
     """What a loop works on."""
 
+    config: Any  # the loop's flags, with all defaults filled in
     out: Path  # the output folder
     metrics: Path  # the log in it, one record an update
     tokenizer: Tokenizer
@@ -35,7 +37,7 @@ class Run:
     lock: Any  # held until this process ends, so that no other run writes to `out`
 
 
-def open_run(config, encode_record, pairs=False):
+def open_run(config, device, encode_record, pairs=False):
     """Check flags, model, tokenizer, output folder and data, and return them as a `Run`.
 
     encode_record: `encode_conversation` or, with pairs=True, `encode_pair`; then the model is also
@@ -43,9 +45,11 @@ def open_run(config, encode_record, pairs=False):
     wrong; until then nothing is written but the token cache. Every rank calls it; rank 0 prints
     what the data are.
     """
+    config = resolve(config, device)
     check_flags(config)
     out, rank = Path(config.out), dist.get_rank()
     model_config = read_config(config.model)
+    check_layout(config, model_config.num_hidden_layers, dist.get_world_size())
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
     as_text = check_tokenizer(tokenizer, config.model)
@@ -83,7 +87,7 @@ def open_run(config, encode_record, pairs=False):
                 f"{config.batch_size:,}; an update takes them all, one an epoch",
                 file=sys.stderr,
             )
-    return Run(out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock)
+    return Run(config, out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock)
 
 
 def print_changes(longest, positions, as_text):
