@@ -32,7 +32,7 @@ from program.ranks import gather_lists, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
-from training.flags import RunFlags
+from training.flags import LESS_MEMORY, RunFlags
 from training.parallel import shard
 from training.setup import finish_run, open_run, start_log
 
@@ -131,7 +131,7 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    with reported():
+    with reported(LESS_MEMORY):
         flags = parse_args(SFTConfig)
         if is_demo := demo.wanted(flags):
             flags = demo.prepare_sft() | flags

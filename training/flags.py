@@ -18,3 +18,7 @@ class RunFlags:
     recompute: int | None = None  # last N blocks run again in backward (default: what memory asks)
     replicas: int = 1  # groups of ranks, each of which holds the whole model once (HSDP)
     compile: bool | None = None  # torch.compile per block (default: on a GPU)
+
+
+# What the error says where a GPU's memory is out.
+LESS_MEMORY = "A larger --recompute, a smaller --micro-tokens or more GPUs take less"
