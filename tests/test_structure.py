@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a room imports from floors below its own, and files of a room from each other.
 FLOORS = [
     {"program", "kernels"},
-    {"model", "tokens"},
+    {"model", "tokens", "planning"},
     {"data", "checkpoint"},
     {"training", "decoding", "tulu_mixture"},
     {"demo"},
     {"evals"},
-    {"sft", "dpo", "generate", "evaluate", "mixture", "plot"},
+    {"sft", "dpo", "generate", "evaluate", "mixture", "plot", "plan"},
     {"benchmarks"},
     {"bench"},
 ]

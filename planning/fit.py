@@ -1,0 +1,131 @@
+"""Does a run fit a GPU, what is recomputed so that it does, and the least change where it does not.
+
+Everything is asked of planning/memory.py. The loops call `check_fits` before they load anything;
+plan.py prints what it says. `available` is always GiB of one GPU that PyTorch can use.
+"""
+
+import bisect
+import dataclasses
+
+from planning.memory import block_weights, memory
+from program.errors import InputError
+
+# Products of matrices do about so many FLOPs in the time in which a byte is read or written: 760
+# TFLOP/s over 4.3 TB/s measured on an H200, 253 on an H100. Larger means: a cast costs more.
+FLOPS_PER_BYTE = 177
+NEAR = 0.95  # of what is available: beyond it, a run that fits by this arithmetic may not in truth
+RANK = 64  # of the adapters that are proposed: Tulu 2's QLoRA
+
+
+def fits(config, layout, available):
+    """Whether the peak is within `available` GiB."""
+    return memory(config, layout)["total"] <= available
+
+
+def recompute_needed(config, layout, available):
+    """The fewest last blocks that must be recomputed to fit; None where all are not enough."""
+
+    def enough(count):
+        return fits(config, dataclasses.replace(layout, recompute=count), available)
+
+    blocks = config.num_hidden_layers
+    if not enough(blocks):
+        return None
+    # More recomputation takes less memory, so a bisection finds the first count that fits.
+    return bisect.bisect_left(range(blocks), True, key=enough)
+
+
+def fastest(config, layout, available):
+    """The layout with `recompute` and `reshard` so that it fits and is fastest; None if none fits.
+
+    A rank that holds the whole model keeps its gathered weights. Freed after use, they make room
+    for blocks that are then not recomputed, and are cast once more for every row.
+    """
+    choices = [layout]
+    if layout.keeps_gathered and layout.reshard is None and layout.wrapped:
+        choices.append(dataclasses.replace(layout, reshard=True))
+    found = []
+    for choice in choices:
+        count = recompute_needed(config, choice, available)
+        if count is not None:
+            # Per row: what recomputed blocks multiply, and the bytes of the second cast, as FLOPs.
+            again = 2 * block_weights(config) * layout.row_tokens * count
+            casts = 0 if choice.keeps_gathered else 4 + choice.width
+            cost = again + config.num_hidden_layers * block_weights(config) * casts * FLOPS_PER_BYTE
+            found.append((cost, len(found), dataclasses.replace(choice, recompute=count)))
+    return min(found)[2] if found else None
+
+
+def changes(config, layout, available, shortest=8192):
+    """What would make a layout fit that does not, the least change first: `[(text, layout)]`.
+
+    Each is worked out on its own, with whatever must be recomputed. shortest: tokens of the longest
+    conversation (pair), below which a row cannot go. Where no single change is enough, NF4 and the
+    fewest GPUs together.
+    """
+
+    def enough(**fields):
+        changed = dataclasses.replace(layout, **fields)
+        count = recompute_needed(config, changed, available)
+        return None if count is None else dataclasses.replace(changed, recompute=count)
+
+    found = []
+    if changed := enough():
+        found.append((f"--recompute {changed.recompute}", changed))
+    for replicas in range(layout.replicas - 1, 0, -1):
+        if layout.ranks % replicas == 0 and (changed := enough(replicas=replicas)):
+            found.append((f"--replicas {replicas}", changed))
+            break
+    for tokens in range((layout.row_tokens - 1) // 1024 * 1024, shortest - 1, -1024):
+        if changed := enough(row_tokens=tokens, predicted=min(tokens, layout.predicted)):
+            found.append((f"--micro-tokens {tokens}", changed))
+            break
+    if changed := more_ranks(layout, enough):
+        found.append((amount(changed.ranks), changed))
+    adapters = {"lora_rank": layout.lora_rank or RANK}
+    for fields in (adapters, adapters | {"quantize": "nf4"}):
+        flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in fields.items())
+        if fields != {name: getattr(layout, name) for name in fields}:
+            if changed := enough(**fields):
+                found.append((flags.strip(), changed))
+                break
+    if not found:
+        fields = adapters | {"quantize": "nf4"}
+        if changed := more_ranks(layout, lambda **more: enough(**fields, **more)):
+            text = f"--lora-rank {fields['lora_rank']} --quantize nf4 on {amount(changed.ranks)}"
+            found.append((text, changed))
+    return found
+
+
+def amount(ranks):
+    """`1 GPU`, `2 GPUs`."""
+    return f"{ranks} GPU{'s' * (ranks != 1)}"
+
+
+def more_ranks(layout, enough):
+    """The layout on the fewest GPUs that is `enough`: up to 8 of a machine, then whole ones."""
+    counts = [1, 2, 4, *range(8, 1025, 8)]
+    for ranks in (count for count in counts if count > layout.ranks):
+        if ranks % layout.replicas == 0 and (changed := enough(ranks=ranks)):
+            return changed
+    return None
+
+
+def check_fits(config, layout, available, shortest=8192):
+    """GiB by item where the layout fits, with a warning or None: `(memory, warning)`.
+
+    Raises `InputError`, with the least change that would, where it does not.
+    """
+    gib = memory(config, layout)
+    needs = (
+        f"one GPU needs {gib['total']:.1f} GiB ({amount(layout.ranks)}, rows of "
+        f"{layout.row_tokens:,} tokens, --recompute {layout.recompute})"
+    )
+    if gib["total"] > available:
+        found = [text for text, _ in changes(config, layout, available, shortest)]
+        advice = f"what would fit: {', or '.join(found)}" if found else "no number of GPUs would do"
+        raise InputError(f"{needs}, expected at most {available:.1f}; {advice}")
+    warning = None
+    if gib["total"] > NEAR * available:
+        warning = f"{needs}, {available:.1f} are there: it may run out of memory"
+    return gib, warning
