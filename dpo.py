@@ -109,7 +109,7 @@ def main(flags):
     _, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
 
-    shard(model, config, device)
+    shard(model, config, device, run.reshard)
     # Before any forward pass: after one under no_grad, parameters() may hold gathered copies.
     optimizer = update.make_optimizer(model, config)
     # The model that training starts from is the reference, so it is loaded for a resumed run, too.

@@ -65,7 +65,7 @@ def main(flags):
     last = min(total, config.max_steps or total)
 
     # Sharded before it has memory, so that no rank ever holds the whole model.
-    shard(model, config, device)
+    shard(model, config, device, run.reshard)
     optimizer = update.make_optimizer(model, config)
     first = resume_run(run.out, model, optimizer, config.keep)
     if first == 0:

@@ -15,13 +15,14 @@ from checkpoint.run_folder import check_output, lock_output, start_records, unlo
 from checkpoint.weights import find_tensors, weights_key
 from data import schedule, update_count
 from model import Llama
+from planning.memory import check_layout
 from program.errors import InputError
 from program.flags import check_flags, resolve, run_facts
 from program.hardware import environment
 from tokens.documents import Documents, amount, check_micro_tokens
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
-from training.fit import check_layout
+from training.layout import lay_out, layout_of
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Run:
     """What a loop works on."""
 
     config: Any  # the loop's flags, with all defaults filled in
+    reshard: bool | None  # whether gathered weights are freed after forward (see `shard`)
     out: Path  # the output folder
     metrics: Path  # the log in it, one record an update
     tokenizer: Tokenizer
@@ -50,7 +52,7 @@ def open_run(config, device, encode_record, pairs=False):
     check_flags(config)
     out, rank = Path(config.out), dist.get_rank()
     model_config = read_config(config.model)
-    check_layout(config, model_config.num_hidden_layers, dist.get_world_size())
+    check_layout(model_config, layout_of(config))
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
     as_text = check_tokenizer(tokenizer, config.model)
@@ -64,6 +66,7 @@ def open_run(config, device, encode_record, pairs=False):
         config.data, config.model, config.max_seq_len, encode_record, out, 2 if pairs else 1
     )
     check_micro_tokens(documents, config.micro_tokens)
+    config, reshard = lay_out(config, model_config, documents, device)
     facts["data"] = documents.key
     if pairs:
         facts["weights"] = weights_key(config.model)
@@ -88,7 +91,9 @@ def open_run(config, device, encode_record, pairs=False):
                 f"{config.batch_size:,}; an update takes them all, one an epoch",
                 file=sys.stderr,
             )
-    return Run(config, out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock)
+    return Run(
+        config, reshard, out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock
+    )
 
 
 def print_changes(longest, positions, as_text):
