@@ -40,6 +40,10 @@ BOUNDS = {
     "temperature": (0, math.inf),
     "top_p": (0, 1),
     "max_new_tokens": (1, math.inf),
+    "gpus": (1, math.inf),
+    "price": (0, math.inf),
+    "lora_rank": (0, math.inf),
+    "lora_dropout": (0, 1),
 }
 EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}  # bounds that are not allowed
 

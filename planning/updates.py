@@ -1,0 +1,108 @@
+"""The updates of a run, as far as memory and time depend on them: lengths in, rows out.
+
+Lengths are those of a data set that is there, or the published figures of Tulu 2's two.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data import plan_rows, update_count, update_members
+from planning.speed import Row
+
+SAMPLE = 24  # updates of which rows are planned, evenly over the run
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens and trained tokens of each record, both (records, sequences of a record)."""
+
+    name: str
+    tokens: np.ndarray
+    trained: np.ndarray
+
+
+def mixture():
+    """326,154 conversations with the lengths that the paper states of the Tulu V2 mixture.
+
+    Quartiles 230 and 1,464, mean 1,097, 63,900 above 2,048 and 20 above 8,192 (Ivison et al. 2023,
+    section 2.1); linear between, the median chosen for the mean; ShareGPT's are split at 4,096.
+    Which share is trained is not stated: 0.6 is assumed, that of Code Alpaca and GSM8K.
+    """
+    count = 326_154
+    shares = [0, 0.25, 0.5, 0.75, 1 - 63_900 / count, 0.985, 1 - 20 / count, 1]
+    tokens = [20, 230, 446, 1464, 2048, 4096, 8192, 8192]
+    quantiles = np.interp((np.arange(count) + 0.5) / count, shares, tokens)
+    return spread("the Tulu V2 mixture (lengths by the paper's figures)", quantiles[:, None], 0.6)
+
+
+def ultrafeedback():
+    """61,966 pairs of prompts of 185 and answers of 305 tokens on average, spread like chats.
+
+    The means are recalled figures of UltraFeedback (binarized, November 2023), not counted; the
+    spread is log-normal with sigma 0.9. Answers are trained.
+    """
+    count = 61_966
+    chances = np.random.default_rng(0).standard_normal((count, 3))
+    sizes = np.exp(0.9 * chances - 0.405) * (185, 305, 305)
+    prompt, answers = sizes[:, :1], sizes[:, 1:]
+    return Lengths(
+        "UltraFeedback (lengths by recalled means)",
+        np.clip((prompt + answers).astype(np.int64), 2, 8192),
+        np.clip(answers.astype(np.int64), 1, 8192),
+    )
+
+
+def spread(name, tokens, share):
+    """`Lengths` (records, sequences) with the same share of each record's tokens trained."""
+    tokens = tokens.astype(np.int64)
+    return Lengths(name, tokens, np.maximum(1, tokens * share).astype(np.int64))
+
+
+def cut(lengths, max_seq_len):
+    """The same, with sequences cut at so many tokens."""
+    tokens = np.minimum(lengths.tokens, max_seq_len)
+    return Lengths(lengths.name, tokens, np.minimum(lengths.trained, tokens))
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Some updates of a run, each as lists of `Row`, one list for each rank; and their number."""
+
+    rows: list[list[list[Row]]]
+    total: int
+    tokens: float  # of an update, on average, all ranks together
+
+
+def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, seed=42):
+    """The rows of up to `SAMPLE` updates of the run, planned as the loops plan them."""
+    _, total = update_count(len(lengths.tokens), batch_size, epochs)
+    steps = np.unique(np.linspace(0, total - 1, SAMPLE).astype(int))
+    sampled, tokens = [], 0
+    for step in steps:
+        _, members = update_members(len(lengths.tokens), batch_size, seed, step)
+        of_records = lengths.tokens[members]
+        plan = plan_rows(of_records.sum(1), ranks, micro_tokens, config.hidden_size)
+        trained = lengths.trained[members].sum(1)
+        sampled.append([[row_of(of_records[r], trained[r]) for r in rank] for rank in plan])
+        tokens += of_records.sum()
+    return Updates(sampled, total, tokens / len(steps))
+
+
+def row_of(tokens, trained):
+    """The `Row` of records of so many tokens (n, sequences), trained (n,); an empty one is 1."""
+    return Row(max(1, int(tokens.sum())), int((tokens**2).sum()), int(trained.sum()))
+
+
+def extent(lengths, updates, micro_tokens):
+    """(tokens of the longest row, most rows of a rank, trained tokens of a row): for memory.
+
+    Of the updates that were planned and of the longest record; a tenth more for the others, at
+    most --micro-tokens.
+    """
+    rows = [row for ranks in updates.rows for rank in ranks for row in rank]
+    longest = max(int(lengths.tokens.sum(1).max()), int(1.1 * max(row.tokens for row in rows)))
+    longest = min(longest, micro_tokens)
+    predicted = max(int(lengths.trained.sum(1).max()), max(row.predicted for row in rows))
+    passes = max(len(rank) for ranks in updates.rows for rank in ranks)
+    return longest, passes, min(predicted, longest)
