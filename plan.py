@@ -144,7 +144,10 @@ def stages(config):
     if not config.data:
         known = {"sft": updates.mixture, "dpo": updates.ultrafeedback}
         wanted = [config.stage] if config.stage else known
-        return {stage: updates.cut(known[stage](), config.max_seq_len) for stage in wanted}
+        found = {stage: updates.cut(known[stage](), config.max_seq_len) for stage in wanted}
+        for lengths in found.values():
+            updates.check_rows(lengths, config.micro_tokens)
+        return found
     folder = config.tokenizer or config.model
     if not Path(folder).is_dir():
         raise InputError(

@@ -60,8 +60,8 @@ def changes(config, layout, available, shortest=8192):
     """What would make a layout fit that does not, the least change first: `[(text, layout)]`.
 
     Each is worked out on its own, with whatever must be recomputed. shortest: tokens of the longest
-    conversation (pair), below which a row cannot go. Where no single change is enough, NF4 and the
-    fewest GPUs together.
+    conversation (pair), below which a row cannot go. Where no single change is enough, the first
+    of `combinations`.
     """
 
     def enough(**fields):
@@ -77,7 +77,8 @@ def changes(config, layout, available, shortest=8192):
             found.append((f"--replicas {replicas}", changed))
             break
     for tokens in range((layout.row_tokens - 1) // 1024 * 1024, shortest - 1, -1024):
-        if changed := enough(row_tokens=tokens, predicted=min(tokens, layout.predicted)):
+        fields = {"row_tokens": tokens, "predicted": min(tokens, layout.predicted)}
+        if changed := enough(**fields, rows=max(2, layout.rows)):  # shorter ones are more
             found.append((f"--micro-tokens {tokens}", changed))
             break
     if changed := more_ranks(layout, enough):
@@ -90,11 +91,27 @@ def changes(config, layout, available, shortest=8192):
                 found.append((flags.strip(), changed))
                 break
     if not found:
-        fields = adapters | {"quantize": "nf4"}
-        if changed := more_ranks(layout, lambda **more: enough(**fields, **more)):
-            text = f"--lora-rank {fields['lora_rank']} --quantize nf4 on {amount(changed.ranks)}"
-            found.append((text, changed))
+        found = combinations(layout, adapters | {"quantize": "nf4"}, shortest, enough)
     return found
+
+
+def combinations(layout, nf4, shortest, enough):
+    """The first that fits, where no single change does: short rows, NF4 or both, on more GPUs."""
+    rows = {"row_tokens": shortest, "predicted": min(shortest, layout.predicted)}
+    rows |= {"rows": max(2, layout.rows)}
+    short, quantised = (
+        f"--micro-tokens {shortest}",
+        f"--lora-rank {nf4['lora_rank']} --quantize nf4",
+    )
+    for text, fields in (
+        (short, rows), (quantised, nf4), (f"{short} {quantised}", rows | nf4),
+    ):  # fmt: skip
+        if layout.row_tokens > shortest or fields is nf4:
+            if changed := enough(**fields):
+                return [(text, changed)]
+            if changed := more_ranks(layout, lambda **more: enough(**fields, **more)):  # noqa: B023
+                return [(f"{text} on {amount(changed.ranks)}", changed)]
+    return []
 
 
 def amount(ranks):

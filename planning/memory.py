@@ -153,7 +153,7 @@ def check_layout(config, layout):
         raise InputError(
             f"--recompute is {layout.recompute}, expected 0 to {L}, the model's blocks"
         )
-    if layout.ranks % layout.replicas:
+    if layout.replicas < 1 or layout.ranks % layout.replicas:
         raise InputError(
             f"--replicas is {layout.replicas}, expected a divisor of the {layout.ranks} ranks"
         )

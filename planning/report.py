@@ -3,7 +3,6 @@
 import dataclasses
 
 from planning import fit, memory, speed, updates
-from planning.gpus import MACHINE
 
 BAR = 60  # characters of the bar that stands for a GPU's memory
 LETTERS = {
@@ -36,7 +35,7 @@ def figures(stage, config, layout, gpu, lengths, schedule, recompute=None):
     planned = updates.sample_updates(
         lengths, schedule["batch_size"], schedule["epochs"], micro, ranks, config, schedule["seed"]
     )
-    row_tokens, rows, predicted = updates.extent(lengths, planned, micro)
+    row_tokens, rows, predicted = updates.extent(planned, micro)
     layout = dataclasses.replace(
         layout, row_tokens=row_tokens, rows=rows, predicted=predicted,
         recompute=config.num_hidden_layers if recompute is None else recompute,
@@ -171,8 +170,3 @@ def time_lines(record, price):
     if price is not None:
         total += f", {price * record['gpu_hours']:,.0f} at {price:g} a GPU hour"
     return [*lines, total + " (loading, compiling and saving not counted)"]
-
-
-def machines(gpus):
-    """`--nnodes 8 --nproc_per_node 8`, for torchrun."""
-    return f"--nnodes {-(-gpus // MACHINE)} --nproc_per_node {min(gpus, MACHINE)}"

@@ -126,7 +126,11 @@ def exchange(config, layout, gpu):
     between = gpu.link if layout.ranks <= MACHINE else gpu.network / min(n, MACHINE)
     over_replicas = 2 * (R - 1) / R * sums / n / between
     forward = gathered * ring
-    backward = (0 if layout.keeps_gathered else gathered) * ring + sums * ring + over_replicas
+    backward = (0 if layout.keeps_gathered else gathered) * ring + sums * ring
+    if n <= MACHINE < layout.ranks:  # one within the machines, the other between them: together
+        backward = max(backward, over_replicas)
+    else:
+        backward += over_replicas
     return forward, backward, (forward + backward) / L
 
 

@@ -9,8 +9,10 @@ import numpy as np
 
 from data import plan_rows, update_count, update_members
 from planning.speed import Row
+from program.errors import InputError
 
-SAMPLE = 24  # updates of which rows are planned, evenly over the run
+SAMPLE = 24  # updates of which rows are planned for the time, evenly over the run
+EXTREME = 8  # and for the memory: those with the most tokens, those with the longest records
 
 
 @dataclass(frozen=True)
@@ -40,17 +42,15 @@ def ultrafeedback():
     """61,966 pairs of prompts of 185 and answers of 305 tokens on average, spread like chats.
 
     The means are recalled figures of UltraFeedback (binarized, November 2023), not counted; the
-    spread is log-normal with sigma 0.9. Answers are trained.
+    spread is log-normal with sigma 0.9, up to 2,048 tokens each, about what the models that
+    answered could write. Answers are trained.
     """
     count = 61_966
     chances = np.random.default_rng(0).standard_normal((count, 3))
     sizes = np.exp(0.9 * chances - 0.405) * (185, 305, 305)
+    sizes = np.clip(sizes.astype(np.int64), 1, 2048)
     prompt, answers = sizes[:, :1], sizes[:, 1:]
-    return Lengths(
-        "UltraFeedback (lengths by recalled means)",
-        np.clip((prompt + answers).astype(np.int64), 2, 8192),
-        np.clip(answers.astype(np.int64), 1, 8192),
-    )
+    return Lengths("UltraFeedback (lengths by recalled means)", prompt + answers, answers)
 
 
 def spread(name, tokens, share):
@@ -65,11 +65,22 @@ def cut(lengths, max_seq_len):
     return Lengths(lengths.name, tokens, np.minimum(lengths.trained, tokens))
 
 
+def check_rows(lengths, micro_tokens):
+    """Raise `InputError` where the longest record does not fit into one row."""
+    longest = int(lengths.tokens.sum(1).max())
+    if longest > micro_tokens:
+        raise InputError(
+            f"--micro-tokens is {micro_tokens}, expected at least {longest}, the longest record of "
+            f"{lengths.name}; a smaller --max-seq-len cuts it"
+        )
+
+
 @dataclass(frozen=True)
 class Updates:
     """Some updates of a run, each as lists of `Row`, one list for each rank; and their number."""
 
     rows: list[list[list[Row]]]
+    extreme: list[list[list[Row]]]  # of updates that take the most memory
     total: int
     tokens: float  # of an update, on average, all ranks together
 
@@ -77,16 +88,21 @@ class Updates:
 def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, seed=42):
     """The rows of up to `SAMPLE` updates of the run, planned as the loops plan them."""
     _, total = update_count(len(lengths.tokens), batch_size, epochs)
-    steps = np.unique(np.linspace(0, total - 1, SAMPLE).astype(int))
-    sampled, tokens = [], 0
-    for step in steps:
-        _, members = update_members(len(lengths.tokens), batch_size, seed, step)
-        of_records = lengths.tokens[members]
+    count = len(lengths.tokens)
+
+    def rows_of(step):
+        _, members = update_members(count, batch_size, seed, step)
+        of_records, trained = lengths.tokens[members], lengths.trained[members].sum(1)
         plan = plan_rows(of_records.sum(1), ranks, micro_tokens, config.hidden_size)
-        trained = lengths.trained[members].sum(1)
-        sampled.append([[row_of(of_records[r], trained[r]) for r in rank] for rank in plan])
-        tokens += of_records.sum()
-    return Updates(sampled, total, tokens / len(steps))
+        return [[row_of(of_records[r], trained[r]) for r in rank] for rank in plan]
+
+    sizes = lengths.tokens.sum(1)
+    members = (update_members(count, batch_size, seed, step)[1] for step in range(total))
+    tokens, longest = np.array([(sizes[m].sum(), sizes[m].max()) for m in members]).T
+    extreme = {*tokens.argsort()[-EXTREME:], *longest.argsort()[-EXTREME:]}
+    steps = np.unique(np.linspace(0, total - 1, SAMPLE).astype(int))
+    rows, extreme_rows = [rows_of(step) for step in steps], [rows_of(step) for step in extreme]
+    return Updates(rows, extreme_rows, total, tokens[steps].mean())
 
 
 def row_of(tokens, trained):
@@ -94,15 +110,13 @@ def row_of(tokens, trained):
     return Row(max(1, int(tokens.sum())), int((tokens**2).sum()), int(trained.sum()))
 
 
-def extent(lengths, updates, micro_tokens):
+def extent(updates, micro_tokens):
     """(tokens of the longest row, most rows of a rank, trained tokens of a row): for memory.
 
-    Of the updates that were planned and of the longest record; a tenth more for the others, at
-    most --micro-tokens.
+    Of the updates that were planned; a tenth more for the others, at most --micro-tokens.
     """
-    rows = [row for ranks in updates.rows for rank in ranks for row in rank]
-    longest = max(int(lengths.tokens.sum(1).max()), int(1.1 * max(row.tokens for row in rows)))
-    longest = min(longest, micro_tokens)
-    predicted = max(int(lengths.trained.sum(1).max()), max(row.predicted for row in rows))
-    passes = max(len(rank) for ranks in updates.rows for rank in ranks)
-    return longest, passes, min(predicted, longest)
+    ranks = [rank for update in updates.rows + updates.extreme for rank in update]
+    rows = [row for rank in ranks for row in rank]
+    longest = min(micro_tokens, int(1.1 * max(row.tokens for row in rows)))
+    predicted = min(longest, int(1.1 * max(row.predicted for row in rows)))
+    return longest, max(map(len, ranks)), predicted
