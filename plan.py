@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.config import read_config
-from data import Documents, check_micro_tokens
 from model import LlamaConfig
 from planning import updates
 from planning.gpus import find_gpu
@@ -29,6 +28,7 @@ from program.errors import InputError, reported
 from program.files import written_aside
 from program.flags import check_bounds, parse_args
 from tokens import readers
+from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation, encode_pair
 from tokens.shapes import FIELDS, is_pair
 from training.flags import RunFlags

@@ -2,9 +2,9 @@
 
 Peaks and seconds are those of the runs on one H200 in results/gpu/; peaks on 8 and 64 ranks are
 torch's FSDPMemTracker's, which runs the model's own code on tensors without memory, in a process
-group without other processes, eagerly. Beside figures that others published for many GPUs stands what
-planning/ gives for our loops on rows of that length. Then plan.py's answers for four sizes on 1 to
-64 GPUs. Writes results/plan.json.
+group without other processes, eagerly. Then figures that others published for many GPUs, beside
+what planning/ gives for our loops on rows of that length; and plan.py's answers for four sizes on 1
+to 64 GPUs. Writes results/plan.json.
 """
 
 import functools
@@ -165,7 +165,7 @@ def tracked_peak(case):
 
 
 def table(kind):
-    """What plan.py says of Tulu 2, SFT then DPO, on GPUs of one kind."""
+    """What plan.py says of Tulu 2 on GPUs of one kind: SFT and DPO at the paper's settings."""
     cells = []
     for size in ("7b", "13b", "34b", "70b"):
         for ranks in (1, 8, 16, 64):

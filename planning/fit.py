@@ -60,8 +60,8 @@ def changes(config, layout, available, shortest=8192):
     """What would make a layout fit that does not, the least change first: `[(text, layout)]`.
 
     Each is worked out on its own, with whatever must be recomputed. shortest: tokens of the longest
-    conversation (pair), below which a row cannot go. Where no single change is enough, the first
-    of `combinations`.
+    conversation (pair), below which a row cannot go. Where no single change is enough on these
+    GPUs, the first of `combinations` comes last.
     """
 
     def enough(**fields):
@@ -81,8 +81,10 @@ def changes(config, layout, available, shortest=8192):
         if changed := enough(**fields, rows=max(2, layout.rows)):  # shorter ones are more
             found.append((f"--micro-tokens {tokens}", changed))
             break
-    if changed := more_ranks(layout, enough):
-        found.append((amount(changed.ranks), changed))
+    for ranks in larger(layout):
+        if changed := enough(ranks=ranks):
+            found.append((amount(ranks), changed))
+            break
     adapters = {"lora_rank": layout.lora_rank or RANK}
     for fields in (adapters, adapters | {"quantize": "nf4"}):
         flags = "".join(f" --{name.replace('_', '-')} {value}" for name, value in fields.items())
@@ -90,27 +92,32 @@ def changes(config, layout, available, shortest=8192):
             if changed := enough(**fields):
                 found.append((flags.strip(), changed))
                 break
-    if not found:
-        found = combinations(layout, adapters | {"quantize": "nf4"}, shortest, enough)
-    return found
+    if all(changed.ranks > layout.ranks for _, changed in found):
+        grow = not found
+        found += combinations(layout, adapters | {"quantize": "nf4"}, shortest, enough, grow)
+    return [(text + recomputation(text, layout, changed), changed) for text, changed in found]
 
 
-def combinations(layout, nf4, shortest, enough):
-    """The first that fits, where no single change does: short rows, NF4 or both, on more GPUs."""
+def recomputation(text, layout, changed):
+    """What must be said beside a change that needs more recomputed blocks than were asked for."""
+    said = changed.recompute <= layout.recompute or text.startswith("--recompute")
+    return "" if said else f" with --recompute {changed.recompute}"
+
+
+def combinations(layout, nf4, shortest, enough, grow):
+    """The first of short rows, NF4 or both that fits on these GPUs or, with `grow`, on more."""
     rows = {"row_tokens": shortest, "predicted": min(shortest, layout.predicted)}
     rows |= {"rows": max(2, layout.rows)}
     short, quantised = (
         f"--micro-tokens {shortest}",
         f"--lora-rank {nf4['lora_rank']} --quantize nf4",
     )
-    for text, fields in (
-        (short, rows), (quantised, nf4), (f"{short} {quantised}", rows | nf4),
-    ):  # fmt: skip
-        if layout.row_tokens > shortest or fields is nf4:
-            if changed := enough(**fields):
-                return [(text, changed)]
-            if changed := more_ranks(layout, lambda **more: enough(**fields, **more)):  # noqa: B023
-                return [(f"{text} on {amount(changed.ranks)}", changed)]
+    choices = [(short, rows), (quantised, nf4), (f"{short} {quantised}", rows | nf4)]
+    for text, fields in choices if layout.row_tokens > shortest else choices[1:2]:
+        for ranks in [layout.ranks, *larger(layout) * grow]:
+            if changed := enough(**fields, ranks=ranks):
+                more = f" on {amount(ranks)}" * (ranks > layout.ranks)
+                return [(text + more, changed)]
     return []
 
 
@@ -119,13 +126,10 @@ def amount(ranks):
     return f"{ranks} GPU{'s' * (ranks != 1)}"
 
 
-def more_ranks(layout, enough):
-    """The layout on the fewest GPUs that is `enough`: up to 8 of a machine, then whole ones."""
+def larger(layout):
+    """More GPUs than the layout's that its replicas divide: up to 8 of a machine, then machines."""
     counts = [1, 2, 4, *range(8, 1025, 8)]
-    for ranks in (count for count in counts if count > layout.ranks):
-        if ranks % layout.replicas == 0 and (changed := enough(ranks=ranks)):
-            return changed
-    return None
+    return [n for n in counts if n > layout.ranks and n % layout.replicas == 0]
 
 
 def check_fits(config, layout, available, shortest=8192):

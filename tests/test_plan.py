@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import plan
-from data import Documents
 from program.errors import InputError
 from program.flags import parse_args
+from tokens.documents import Documents
 from tokens.records import encode_conversation
 
 ROOT = Path(plan.__file__).parent
