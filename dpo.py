@@ -27,13 +27,13 @@ from checkpoint.weights import load_hf, save_hf
 from data import plan_rows, update_members
 from demo import command as demo
 from program.errors import RunError, reported
-from program.flags import parse_args, resolve
+from program.flags import parse_args
 from program.progress import progress_bar
 from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_pair
 from training import update
-from training.flags import DataFlags, OutputFlags, RunFlags
+from training.flags import LESS_MEMORY, DataFlags, OutputFlags, RunFlags
 from training.held_out import held_out_logps, log_held_out
 from training.parallel import shard
 from training.reference import answer_logps, reference_logps
@@ -111,11 +111,10 @@ def check_first_loss(step, loss, config):
 
 def main(flags):
     rank, world, device = start()
-    config = resolve(DPOConfig(**flags), device)
-    run = open_run(config, encode_pair, pairs=True)
-    documents, model = run.documents, run.model
+    run = open_run(DPOConfig(**flags), device, encode_pair, pairs=True)
+    config, documents, model = run.config, run.documents, run.model
 
-    shard(model, config, device)
+    shard(model, config, device, run.reshard)
     # Before any forward pass: after one under no_grad, parameters() may hold gathered copies.
     optimizer = update.make_optimizer(model, config)
     # The model that training starts from is the reference, so it is loaded for a resumed run, too.
@@ -189,7 +188,7 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    with reported():
+    with reported(LESS_MEMORY):
         flags = parse_args(DPOConfig)
         if is_demo := demo.wanted(flags):
             flags = demo.prepare_dpo() | flags

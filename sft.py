@@ -25,13 +25,13 @@ from checkpoint.weights import load_hf, save_hf
 from data import pack_row, plan_rows, update_members
 from demo import command as demo
 from program.errors import reported
-from program.flags import parse_args, resolve
+from program.flags import parse_args
 from program.progress import progress_bar
 from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
-from training.flags import DataFlags, OutputFlags, RunFlags
+from training.flags import LESS_MEMORY, DataFlags, OutputFlags, RunFlags
 from training.held_out import held_out_logps, log_held_out
 from training.parallel import shard
 from training.saving import save_or_export, stop_run
@@ -66,12 +66,11 @@ def held_out_loss(logps, documents):
 
 def main(flags):
     rank, world, device = start()
-    config = resolve(SFTConfig(**flags), device)
-    run = open_run(config, encode_conversation)
-    documents, model = run.documents, run.model
+    run = open_run(SFTConfig(**flags), device, encode_conversation)
+    config, documents, model = run.config, run.documents, run.model
 
     # Sharded before it has memory, so that no rank ever holds the whole model.
-    shard(model, config, device)
+    shard(model, config, device, run.reshard)
     optimizer = update.make_optimizer(model, config)
     first = resume_run(run.out, model, optimizer, config.keep)
     if first == 0:
@@ -137,7 +136,7 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    with reported():
+    with reported(LESS_MEMORY):
         flags = parse_args(SFTConfig)
         if is_demo := demo.wanted(flags):
             flags = demo.prepare_sft() | flags

@@ -28,6 +28,7 @@ from tokens.for_transformers import pad_token, save_tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut them
 FLOATS = ("F32", "F16", "BF16")
+SHARDS = -1  # the dimension of the mesh over which rows are given out; replicas are one before
 
 
 def find_tensors(model, folder):
@@ -140,8 +141,9 @@ def local_rows(tensor):
     """This rank's rows of a tensor and the index of the first: FSDP2 gives out equal chunks."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
-    chunk = -(-tensor.shape[0] // tensor.device_mesh.size())
-    return tensor.to_local(), min(chunk * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    mesh = tensor.device_mesh
+    chunk = -(-tensor.shape[0] // mesh.size(SHARDS))
+    return tensor.to_local(), min(chunk * mesh.get_local_rank(SHARDS), tensor.shape[0])
 
 
 def save_hf(model, tokenizer, source, folder, longest=0):
@@ -220,8 +222,9 @@ def blocks_bf16(parameter):
     if not isinstance(parameter, DTensor):
         yield local.to(torch.bfloat16)
         return
-    # `full_tensor` would hold the tensor twice on gloo, and free it one or two tensors later.
-    chunk = -(-len(parameter) // dist.get_world_size())
+    # `full_tensor` would hold the tensor twice on gloo, and free it one or two tensors later. The
+    # first replica's ranks come first, and hold all rows.
+    chunk = -(-len(parameter) // parameter.device_mesh.size(SHARDS))
     for rank, begin in enumerate(range(0, len(parameter), chunk)):
         if rank == dist.get_rank():
             block = local.to(torch.bfloat16)

@@ -2,8 +2,8 @@
 
 Every script runs its `main` inside `with reported():`. An `InputError` (a bad flag, file, line or
 folder) becomes one line on standard error that begins with `error: `, and exit status 2. A
-`RunError` does the same with status 1, an `OSError` with status 2. Any other exception is our bug
-and keeps its traceback.
+`RunError` and memory that is out do the same with status 1, an `OSError` with status 2. Any other
+exception is our bug and keeps its traceback.
 """
 
 import contextlib
@@ -24,8 +24,11 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def reported():
-    """Turn `InputError`, `RunError` and `OSError` into one line `error: …` and an exit status."""
+def reported(less_memory=""):
+    """Turn such an error into one line `error: …` and an exit status.
+
+    less_memory: what the user can do where the memory, of a GPU as a rule, is out.
+    """
     usable_streams()
     try:
         yield
@@ -42,6 +45,9 @@ def reported():
         if int(os.environ.get("RANK", 0)) > 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # `watch_signals` would only note it
             time.sleep(5)
+        if out_of_memory(error):
+            found = ". ".join(one_line(error).split(". ")[:3])  # torch goes on about its allocator
+            error = RunError(f"{found.rstrip('.')}. {less_memory}")
         if not isinstance(error, (InputError, RunError, OSError)):
             raise
         sys.stdout.flush()
@@ -74,6 +80,19 @@ def usable_streams():
             setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+
+
+def out_of_memory(error):
+    """Whether an error says that there is no memory left.
+
+    torch has `torch.OutOfMemoryError`, but its errors of the CPU's memory, of cuBLAS, NCCL and the
+    driver are plain RuntimeErrors; and this file is not to import torch.
+    """
+    text = str(error).lower()
+    signs = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    )
 
 
 def one_line(error):

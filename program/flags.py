@@ -33,6 +33,8 @@ BOUNDS = {
     "eval_share": (0, 1),
     "eval_every": (0, math.inf),
     "keep_exports": (0, math.inf),
+    "recompute": (0, math.inf),
+    "replicas": (1, math.inf),
     "seed": (0, 2**63),
     "show": (0, math.inf),
     "slots": (1, math.inf),
@@ -65,6 +67,7 @@ MAY_CHANGE_ON_RESUME = {
     "keep",
     "keep_checkpoints",
     "recompute",
+    "replicas",
     "compile",
     "too_long",
     "eval_data",
@@ -155,7 +158,7 @@ def check_bounds(config):
         if name in WORDS and value not in (None, *WORDS[name]):
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} is {value}, expected {' or '.join(WORDS[name])}")
-        if name not in BOUNDS or value is None:
+        if name not in BOUNDS or value is None:  # None: what the device decides
             continue
         low, high = BOUNDS[name]
         too_large = value >= (1 << 63 if isinstance(value, int) else math.inf)  # int64, or inf
@@ -168,9 +171,13 @@ def check_bounds(config):
 
 
 def resolve(config, device):
-    """The config, with its device-dependent defaults filled in."""
+    """The config, with its device-dependent defaults filled in.
+
+    A GPU's `recompute` stays None: training/fit.py knows, once model and data are known.
+    """
     gpu = device.type == "cuda"
-    defaults = {"dtype": "bfloat16" if gpu else "float32", "recompute": gpu, "compile": gpu}
+    defaults = {"dtype": "bfloat16" if gpu else "float32", "compile": gpu}
+    defaults["recompute"] = None if gpu else 0
     missing = {name: v for name, v in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 

@@ -209,8 +209,9 @@ DESIGN_DEFAULTS = {
     "max_seq_len": 8192, "lr": 5e-7, "warmup_ratio": 0.1, "weight_decay": 0, "beta1": 0.9,
     "beta2": 0.95, "clip": 1.0, "beta": 0.1, "micro_tokens": 16384, "max_steps": 0,
     "save_every": 0, "keep": 2, "keep_checkpoints": False, "seed": 42, "dtype": None,
-    "recompute": None, "compile": None, "too_long": "cut", "eval_data": None, "eval_share": 0,
-    "eval_every": 0, "export_every": None, "keep_exports": 0, "tensorboard": False, "wandb": False,
+    "recompute": None, "replicas": 1, "compile": None, "too_long": "cut", "eval_data": None,
+    "eval_share": 0, "eval_every": 0, "export_every": None, "keep_exports": 0,
+    "tensorboard": False, "wandb": False,
 }  # fmt: skip
 
 

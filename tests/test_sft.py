@@ -1,6 +1,8 @@
 """sft.py as its users start it, against a plain transformers + torch loop."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import run_program, updates
+from conftest import ROOT, run_program, updates
 from data import update_members
 from harm import harmed, recipe
+from training.flags import LESS_MEMORY
 from training.update import learning_rate
 
 
@@ -133,7 +136,25 @@ def test_recomputation_and_compile_change_nothing_but_rounding(base, conversatio
     flags = ["--model", base, "--data", conversations, "--batch-size", 4, "--max-steps", 2]
     flags += ["--lr", 1e-3, "--out"]
     run_program("sft.py", *flags, tmp_path / "plain")
-    run_program("sft.py", *flags, tmp_path / "both", "--recompute", "--compile")
+    run_program("sft.py", *flags, tmp_path / "both", "--recompute", 2, "--compile")
     for a, b in zip(updates(tmp_path / "plain"), updates(tmp_path / "both"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_gpu_whose_memory_is_out_ends_the_run_in_one_line(base, conversations, tmp_path):
+    """In the first update, say: what torch says of it, and which flags to change."""
+    found = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has 139.81 GiB, 1.20 GiB free"
+    code = (
+        "import runpy, torch, model\n"
+        "def forward(*_, **__):\n"
+        f"    raise torch.OutOfMemoryError('{found}. If reserved memory is large')\n"
+        "model.Llama.forward = forward\n"
+        "runpy.run_path('sft.py', run_name='__main__')"
+    )
+    flags = ["--model", base, "--data", conversations, "--out", tmp_path / "out"]
+    command = [sys.executable, "-c", code, *map(str, flags), "--batch-size", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    lines = [line for line in done.stderr.splitlines() if "update/s" not in line and line.strip()]
+    assert done.returncode == 1
+    assert lines == [f"error: {found}. {LESS_MEMORY}"]

@@ -15,7 +15,8 @@ class RunFlags:
     keep: int = 2  # resumable checkpoints that stay
     keep_checkpoints: bool = False  # a finished run keeps them, too
     dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
-    recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
+    recompute: int | None = None  # last N blocks run again in backward (default: what memory asks)
+    replicas: int = 1  # groups of ranks, each of which holds the whole model once (HSDP)
     compile: bool | None = None  # torch.compile per block (default: on a GPU)
 
 
@@ -37,3 +38,7 @@ class OutputFlags:
     keep_exports: int = 0  # how many of them stay, the newest (0: all)
     tensorboard: bool = False  # the records of metrics.jsonl to OUT/tensorboard, too
     wandb: bool = False  # and to Weights & Biases, where its own settings say
+
+
+# What the error says where a GPU's memory is out.
+LESS_MEMORY = "A larger --recompute, a smaller --micro-tokens or more GPUs take less"

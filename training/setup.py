@@ -24,13 +24,15 @@ from checkpoint.run_folder import (
 from checkpoint.weights import find_tensors, weights_key
 from data import schedule, update_count
 from model import Llama
+from planning.memory import check_layout
 from program.errors import InputError
-from program.flags import check_flags, run_facts
+from program.flags import check_flags, resolve, run_facts
 from program.hardware import environment
 from tokens.documents import Documents, amount
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 from training.held_out import open_documents
+from training.layout import lay_out, layout_of
 from training.saving import exports_at_once
 from training.trackers import check_trackers, finish_trackers, start_trackers
 
@@ -39,6 +41,8 @@ from training.trackers import check_trackers, finish_trackers, start_trackers
 class Run:
     """What a loop works on."""
 
+    config: Any  # the loop's flags, with all defaults filled in
+    reshard: bool | None  # whether gathered weights are freed after forward (see `shard`)
     out: Path  # the output folder
     metrics: Path  # the log in it, one record an update
     tokenizer: Tokenizer
@@ -53,7 +57,7 @@ class Run:
     lock: Any  # held until this process ends, so that no other run writes to `out`
 
 
-def open_run(config, encode_record, pairs=False):
+def open_run(config, device, encode_record, pairs=False):
     """Check flags, model, tokenizer, output folder and data, and return them as a `Run`.
 
     encode_record: `encode_conversation` or, with pairs=True, `encode_pair`; then the model is also
@@ -61,10 +65,12 @@ def open_run(config, encode_record, pairs=False):
     wrong; until then nothing is written but the token cache. Every rank calls it; rank 0 prints
     what the data are.
     """
+    config = resolve(config, device)
     check_flags(config)
     check_trackers(config)
     out, rank = Path(config.out), dist.get_rank()
     model_config = read_config(config.model)
+    check_layout(model_config, layout_of(config))
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
     as_text = check_tokenizer(tokenizer, config.model)
@@ -75,10 +81,11 @@ def open_run(config, encode_record, pairs=False):
     if rank == 0:
         check_output(out, facts, model, last=config.max_steps or math.inf)
     documents, held_out, texts = open_documents(config, encode_record, out, 2 if pairs else 1)
+    config, reshard = lay_out(config, model_config, documents, device)
     per_epoch, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
     run = Run(
-        out, out / "metrics.jsonl", tokenizer, model, documents, held_out,
+        config, reshard, out, out / "metrics.jsonl", tokenizer, model, documents, held_out,
         per_epoch, total, last, facts, trackers=[], lock=None,
     )  # fmt: skip
     facts["data"] = documents.key

@@ -41,9 +41,18 @@ def make_optimizer(model, config):
 
 
 def clip_gradients(model, clip):
-    """Scale the gradients to a global norm of at most `clip` (0: none). Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    """Scale the gradients to a global norm of at most `clip` (0: none). Returns the norm before.
+
+    As `torch.nn.utils.clip_grad_norm_`, bit for bit. But that multiplies by 1 where the norm is
+    below the limit: at 7B another 54 GB are read and written, beside the 189 of AdamW.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    total_norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (total_norm.full_tensor() if hasattr(total_norm, "full_tensor") else total_norm).item()
+    # torch divides by norm + 1e-6 in fp32. Near the limit its rounding decides, not ours.
+    if norm + 1e-6 > 0.999 * (clip or math.inf):
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, total_norm)
+    return norm
 
 
 def check_finite(step, loss, grad_norm, documents, members):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import dpo, generate, kernels, load, measure, memory, sft, step, table, tune
+from benchmarks import dpo, generate, kernels, load, measure, memory, sft, table, tune
 from checkpoint.config import config_from_dict
 from pairs import message, pair, write
 from program.errors import InputError
@@ -135,39 +135,6 @@ def test_tune_rehearsal(tmp_path, monkeypatch):
     monkeypatch.setattr(case, "launch", lambda name, candidate: None)
     with pytest.raises(AssertionError, match="other than the shipped sizes"):
         case.measure("forward_kernel", (64, 32, 4, 1), device)
-
-
-def test_layers_that_fit():
-    """A block takes about 3.7 GB, at 18 bytes a weight: 80 GiB hold some of the 32, a TiB all.
-
-    Without recomputation each block keeps 5 GB more.
-    """
-    assert 10 <= step.layers_that_fit(80 << 30, step.LLAMA_2_7B, 16384) <= 18
-    assert 5 <= step.layers_that_fit(80 << 30, step.LLAMA_2_7B, 16384, recompute=False) <= 9
-    assert step.layers_that_fit(1 << 40, step.LLAMA_2_7B, 16384) == 32
-
-
-def test_time_by_kind():
-    """Kernels by the profiler's names: each is counted once, under the right kind."""
-    kernels = {
-        "forward_kernel": 1.0,
-        "backward_kv_kernel": 2.0,
-        "softmax_kernel": 4.0,
-        "nvjet_tst_128x256_64x4_1x2_h_bz_coopB_TNT": 8.0,
-        "triton_red_fused__to_copy_mean_mul_pow_rsqrt_0": 16.0,
-        "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>": 32.0,
-        "Memcpy DtoD (Device -> Device)": 64.0,
-    }
-    sums = step.by_kind(kernels.items())
-    assert list(sums.values()) == [3.0, 4.0, 8.0, 32.0, 16.0, 64.0]
-
-
-def test_step_rehearsal(tmp_path):
-    """`bench.py step --toy` trains a tiny model, whose loss falls, and writes its figures."""
-    step.main(["--toy", "--out", str(tmp_path / "step.json")])
-    results = json.loads((tmp_path / "step.json").read_text())
-    assert results["losses"][-1] < results["losses"][0]
-    assert results["tokens"] == 256 and results["tokens_per_second"] > 0
 
 
 SHAPE = config_from_dict(

@@ -37,6 +37,30 @@ def test_an_error_is_one_line_after_what_was_printed(statement, status, line):
     assert done.stdout == "before\n" or status == 130  # Ctrl-C waits for nothing
 
 
+@pytest.mark.parametrize(
+    "statement, text",
+    [
+        # As torch words it on a GPU; a real one of the CPU's; and what libraries say.
+        (
+            "raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB.\\nX')",
+            "CUDA out of memory. Tried to allocate 2.00 GiB. X",
+        ),
+        ("torch.empty(1 << 60)", "can't allocate memory: you tried to allocate"),
+        ("raise RuntimeError('CUBLAS_STATUS_ALLOC_FAILED when')", "CUBLAS_STATUS_ALLOC_FAILED"),
+        ("raise MemoryError('Unable to allocate 9 TiB')", "Unable to allocate 9 TiB"),
+    ],
+    ids=["gpu", "cpu", "cublas", "numpy"],
+)
+def test_no_memory_left_is_one_line_that_says_what_to_change(statement, text):
+    """Status 1, whichever library ran out."""
+    code = "from program import errors\nimport torch\nwith errors.reported('less: x'):\n    "
+    code += statement
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    (line,) = done.stderr.decode().splitlines()
+    assert done.returncode == 1
+    assert line.startswith("error: ") and text in line and line.endswith(" less: x")
+
+
 def test_a_bug_keeps_its_traceback():
     """Anything else is ours, and must be found."""
     done = ended("{}['key']")

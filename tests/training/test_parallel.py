@@ -1,4 +1,4 @@
-"""parallel.py: what is fp32 and what is bf16 on one rank and on two, sums over ranks."""
+"""parallel.py and ranks.py: precision, recomputation and replicas, and sums over ranks."""
 
 import os
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from checkpoint.weights import local_rows
+from checkpoint.weights import blocks_bf16, local_rows
 from harm import FORKS, free_port
 from model import Llama, LlamaConfig
 from program.errors import RunError
 from program.ranks import gather_lists, own_share, raise_together, start, sum_over_ranks
 from training.flags import RunFlags
 from training.parallel import shard
+from training.update import clip_gradients
 
 CONFIG = LlamaConfig(37, 64, 96, 2, 2, 1, 32, 1e-5, 1e4, False)
 
@@ -52,12 +53,13 @@ def row(number):
     return ids, doc_start, predict, ids[predict + 1]
 
 
-def sharded(dtype):
+def sharded(dtype, reshard=None, **flags):
     """The model as the loops have it, and a list to which each block adds its output's dtype."""
     _, _, device = start()
     with torch.device("meta"):
         model = Llama(CONFIG)
-    shard(model, RunFlags(dtype=str(dtype).removeprefix("torch.")), device)
+    flags = RunFlags(dtype=str(dtype).removeprefix("torch."), **flags)
+    shard(model, flags, device, reshard)
     for number, parameter in enumerate(model.parameters()):
         rows, first = local_rows(parameter.detach())
         rows.copy_(weights(number, parameter.shape)[first : first + len(rows)])
@@ -67,13 +69,13 @@ def sharded(dtype):
     return model, computed
 
 
-def plain_gradients(number):
-    """fp32 copies of one row's gradients by a model that is bf16 altogether, in their order."""
+def plain_gradients(number, dtype=torch.bfloat16):
+    """fp32 copies of one row's gradients by a model that is all of one type, in their order."""
     model = Llama(CONFIG)
     with torch.no_grad():
         for k, parameter in enumerate(model.parameters()):
             parameter.copy_(weights(k, parameter.shape))
-    model.bfloat16()(*row(number)).sum().backward()
+    model.to(dtype)(*row(number)).sum().backward()
     return [parameter.grad.float() for parameter in model.parameters()]
 
 
@@ -91,25 +93,6 @@ def test_one_rank_computes_in_the_type_it_is_told_to(dtype):
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
     assert isinstance(model, FSDPModule) == (dtype == torch.bfloat16)
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-def test_recomputation_runs_every_block_again_in_backward(recompute):
-    """And only then: the MLPs, from the last block to the first, keep nothing of the forward."""
-    _, _, device = start()
-    with torch.device("meta"):
-        model = Llama(CONFIG)
-    shard(model, RunFlags(dtype="float32", recompute=recompute), device)
-    called = []
-    for number, block in enumerate(model.model.layers):
-        block.mlp.register_forward_pre_hook(lambda *_, n=number: called.append(n))
-    with torch.no_grad():
-        for number, parameter in enumerate(model.parameters()):
-            parameter.copy_(weights(number, parameter.shape))
-    nll = model(*(x.to(device) for x in row(0)))
-    assert called == [0, 1]
-    nll.sum().backward()
-    assert called == ([0, 1, 1, 0] if recompute else [0, 1])
 
 
 def two_ranks_in_bf16():
@@ -137,6 +120,90 @@ def two_ranks_in_bf16():
 def test_two_ranks_in_bf16_sum_their_gradients_in_fp32():
     """Bit for bit the fp32 sums of what each row gives in bf16, over rows and ranks."""
     assert statuses(two_ranks_in_bf16, count=2) == [0, 0]
+
+
+# ---- Recomputation
+
+
+@pytest.mark.parametrize("recompute, again", [(0, []), (1, [1]), (2, [1, 0])])
+def test_recomputation_runs_the_last_blocks_again_in_backward(recompute, again):
+    """And only those, and only then: their MLPs keep nothing of the forward pass."""
+    model, _ = sharded(torch.float32, recompute=recompute)
+    called = []
+    for number, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, n=number: called.append(n))
+    nll = model(*(x.to(start()[2]) for x in row(0)))
+    assert called == [0, 1]
+    nll.sum().backward()
+    assert called == [0, 1, *again]
+
+
+def gradients_by_layout(dtype, layouts):
+    """The bits of this rank's gradients of two rows, one list for each of the `layouts`."""
+    rank, _, device = start()
+    results = []
+    for layout in layouts:
+        model, _ = sharded(dtype, **layout)
+        for number in (2 * rank, 2 * rank + 1):
+            model(*(x.to(device) for x in row(number))).sum().backward()
+        results.append([local_rows(parameter.grad)[0] for parameter in model.parameters()])
+    return results
+
+
+def recomputation_changes_no_bit():
+    layouts = [{"recompute": n} for n in (0, 1, 2)]
+    # A rank of two frees the weights that it gathered, whether they are needed again or not.
+    layouts += [{"recompute": n, "reshard": reshard} for n in (0, 1) for reshard in (True, False)]
+    for dtype in (torch.float32, torch.bfloat16):
+        plain, *others = gradients_by_layout(dtype, layouts)
+        assert max(gradient.abs().max() for gradient in plain) > 0.01
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_recomputation_and_freed_weights_change_no_bit(ranks):
+    """For any number of blocks, in fp32 and bf16: gradients of two rows equal those without."""
+    assert statuses(recomputation_changes_no_bit, count=ranks) == [0] * ranks
+
+
+# ---- Replicas
+
+
+def replicas(count):
+    """Each rank takes one row; with so many replicas, all equals what one process computes."""
+    rank, world, _ = start()
+    model, _ = sharded(torch.float32, replicas=count)
+    model(*row(rank)).sum().backward()
+    clip_norm = clip_gradients(model, 0)
+    every = [plain_gradients(number, torch.float32) for number in range(world)]
+    squares = 0.0
+    for number, parameter in enumerate(model.parameters()):
+        parts = torch.stack([gradients[number] for gradients in every]).double()
+        exact, size = parts.mean(0), parts.abs().mean(0)
+        squares += exact.square().sum().item()
+        # A replica's ranks share its rows evenly, and the first ones hold those of the first.
+        rows, first = local_rows(parameter.grad)
+        chunk = -(-len(exact) // (world // count))
+        assert first == min(rank % (world // count) * chunk, len(exact))
+        assert len(rows) == min(chunk, len(exact) - first)
+        exact, size = (whole[first : first + len(rows)] for whole in (exact, size))
+        # A sum of `world` fp32 numbers in any order, and a division: as many roundings at most.
+        assert (rows - exact).abs().le(world * 2**-24 * size).all()
+    # fp32 norms of tensors of up to 6,144 numbers: some roundings more.
+    assert clip_norm == pytest.approx(squares**0.5, rel=1e-5)
+    # What is saved comes from the first replica, and every rank gets it.
+    for number, parameter in enumerate(model.parameters()):
+        rows = torch.cat(list(blocks_bf16(parameter)))
+        assert torch.equal(rows, weights(number, parameter.shape).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "ranks, count", [(4, 2), (4, 4), (8, 2)], ids=["2 of 2", "4 of 1", "2 of 4"]
+)
+def test_replicas_equal_one_process(ranks, count):
+    """Gradients are means over all ranks, whichever hold their rows; the norm counts each once."""
+    assert statuses(replicas, count, count=ranks) == [0] * ranks
 
 
 # ---- Sums and lists

@@ -133,6 +133,29 @@ def test_clipping(clip, scale):
     torch.testing.assert_close(model[0].grad, torch.tensor([3.0, 4.0]) * scale, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [1e-6, 0.5, 1, 3e7])  # of the limit; below 1, torch's 1e-6 counts
+def test_clipping_is_torchs_bit_for_bit_and_leaves_short_gradients_alone(size):
+    """At norms around the limit, of which torch's fp32 rounding makes what it likes, and far off.
+
+    Gradients well below the limit are not even multiplied by 1: no kernel writes them.
+    """
+    direction = torch.randn(101, generator=torch.Generator().manual_seed(0))
+    direction /= direction.norm()
+    scaled = 0
+    for ratio in [0, 0.1, 0.99, *(1 + 2e-7 * k for k in range(-20, 21)), 7]:
+        ours, theirs = (torch.nn.ParameterList([torch.zeros(101)]) for _ in range(2))
+        for model in (ours, theirs):
+            model[0].grad = direction * (size * ratio)
+        version = ours[0].grad._version
+        norm = clip_gradients(ours, size)
+        assert norm == torch.nn.utils.clip_grad_norm_(theirs.parameters(), size).item()
+        assert torch.equal(ours[0].grad, theirs[0].grad)
+        changed = not torch.equal(ours[0].grad, direction * (size * ratio))
+        scaled += changed
+        assert (ours[0].grad._version > version) == (norm + 1e-6 > 0.999 * size) >= changed
+    assert scaled > 10
+
+
 @pytest.mark.parametrize("loss, norm", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan)])
 def test_what_is_not_finite_stops_the_run(loss, norm):
     """Naming the update and its data."""
@@ -216,7 +239,7 @@ DESIGN_DEFAULTS = {
     "beta2": 0.95, "clip": 1.0, "micro_tokens": 16384, "max_steps": 0, "save_every": 0, "keep": 2,
     "keep_checkpoints": False, "too_long": "cut", "eval_data": None, "eval_share": 0,
     "eval_every": 0, "export_every": None, "keep_exports": 0, "tensorboard": False, "wandb": False,
-    "seed": 42, "dtype": None, "recompute": None, "compile": None,
+    "seed": 42, "dtype": None, "recompute": None, "replicas": 1, "compile": None,
 }  # fmt: skip
 
 
@@ -228,14 +251,14 @@ def test_defaults_are_tulu_2s():
 
 def test_flags_are_read():
     """Dashes for underscores, the field's type, several paths, and --no- for what is on or off."""
-    argv = "--model m --data a b.jsonl --data c --batch-size 7 --lr 1e-4 --compile --no-recompute"
+    argv = "--model m --data a b.jsonl --data c --batch-size 7 --lr 1e-4 --no-compile --recompute 3"
     assert parse_args(SFTConfig, argv.split()) == {
         "model": "m",
         "data": ["a", "b.jsonl", "c"],
         "batch_size": 7,
         "lr": 1e-4,
-        "compile": True,
-        "recompute": False,
+        "compile": False,
+        "recompute": 3,
     }
 
 
@@ -283,6 +306,7 @@ def valid(**changes):
         {"warmup_ratio": -0.1}, {"weight_decay": -1.0}, {"beta1": 1.0}, {"beta2": 1.0},
         {"beta2": math.nan}, {"clip": -1.0}, {"clip": math.inf}, {"micro_tokens": 1},
         {"max_steps": -1}, {"save_every": -1}, {"keep": 0}, {"seed": -1}, {"dtype": "float16"},
+        {"recompute": -1}, {"replicas": 0},
         {"dtype": "int8"}, {"data": None}, {"model": None},
     ],
     ids=str,
@@ -307,20 +331,21 @@ def test_flags_at_their_bounds_are_allowed(changes):
 
 
 def test_device_decides_what_is_not_said():
-    """float32 and nothing extra on CPU; bfloat16, recomputation and compilation on a GPU."""
+    """float32 and nothing extra on CPU; bfloat16 and compilation on a GPU, whose memory decides how
+    many blocks recompute, unless that is said."""
     names = ("dtype", "recompute", "compile")
     cpu, gpu = (resolve(SFTConfig(), torch.device(d)) for d in ("cpu", "cuda"))
-    assert [getattr(cpu, n) for n in names] == ["float32", False, False]
-    assert [getattr(gpu, n) for n in names] == ["bfloat16", True, True]
-    said = resolve(SFTConfig(dtype="float32", compile=False), torch.device("cuda"))
-    assert [getattr(said, n) for n in names] == ["float32", True, False]
+    assert [getattr(cpu, n) for n in names] == ["float32", 0, False]
+    assert [getattr(gpu, n) for n in names] == ["bfloat16", None, True]
+    said = resolve(SFTConfig(dtype="float32", recompute=3, compile=False), torch.device("cuda"))
+    assert [getattr(said, n) for n in names] == ["float32", 3, False]
 
 
 def test_a_run_is_what_it_computes(tmp_path):
     """Layout and saving do not make another run; what changes the weights does."""
     base = valid(model=str(tmp_path))
     same = {"micro_tokens": 99, "max_steps": 3, "save_every": 5, "keep": 4, "out": "x"}
-    same |= {"keep_checkpoints": True}
+    same |= {"keep_checkpoints": True, "recompute": 2, "replicas": 2}
     assert run_facts(valid(model=f"{tmp_path}/.", **same)) == run_facts(base)
     other = {"epochs": 3, "batch_size": 4, "max_seq_len": 9, "lr": 1e-4, "warmup_ratio": 0.1}
     other |= {"weight_decay": 0.1, "beta1": 0.8, "beta2": 0.9, "clip": 2.0, "seed": 1}

@@ -1,0 +1,88 @@
+"""How a run lies in the memory of its ranks; what cannot fit is found before it is loaded.
+
+Called by `open_run` of setup.py. The arithmetic is planning/'s.
+"""
+
+import dataclasses
+import sys
+
+import torch
+import torch.distributed as dist
+
+from data import plan_rows, update_count, update_members
+from planning.fit import NEAR, check_fits, fastest, fits
+from planning.memory import GIB, Layout
+from program.ranks import gather_lists
+
+
+def layout_of(config, **facts):
+    """The `Layout` that a loop's flags and these facts of the run make, on all ranks."""
+    names = {field.name for field in dataclasses.fields(Layout)}
+    flags = {name: value for name, value in vars(config).items() if name in names}
+    flags["recompute"] = config.recompute or 0
+    return Layout(ranks=dist.get_world_size(), **flags, **facts)
+
+
+def lay_out(config, model_config, documents, device):
+    """`config` with `recompute` filled in, and what `shard` takes as `reshard`.
+
+    On a GPU as few blocks recompute as let the run's longest row fit into what is free on every
+    rank, unless the flags say how many; rank 0 prints the outcome in one line. Raises `InputError`,
+    with what would fit, where nothing does. On a CPU nothing is asked.
+    """
+    if device.type == "cpu":
+        return config, None
+    free, _ = torch.cuda.mem_get_info(device)
+    available = min(gather_lists([free / GIB]))
+    row = longest_row(config, model_config.hidden_size, documents)
+    layout, shortest = layout_of(config, **row), int(documents.tokens.max())
+    layout, line, warning = choose(model_config, layout, available, config.recompute, shortest)
+    if dist.get_rank() == 0:
+        print(line)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+    return dataclasses.replace(config, recompute=layout.recompute), not layout.keeps_gathered
+
+
+def choose(model_config, layout, available, recompute, shortest):
+    """The layout to run on GPUs that have `available` GiB, a line about it, a warning or None.
+
+    recompute: the number of blocks, or None for the fewest that leave a twentieth of it free; if
+    none do, for all. shortest: tokens of the longest document, below which no row can go.
+    """
+    chosen = dataclasses.replace(layout, recompute=recompute or 0)
+    if recompute is None:
+        blocks = model_config.num_hidden_layers
+        least = dataclasses.replace(layout, recompute=blocks, reshard=layout.wrapped)
+        chosen = fastest(model_config, layout, NEAR * available) or least
+    elif layout.wrapped and layout.keeps_gathered:
+        if not fits(model_config, chosen, NEAR * available):
+            chosen = dataclasses.replace(chosen, reshard=True)
+    gib, warning = check_fits(model_config, chosen, available, shortest)
+    freed = layout.keeps_gathered and not chosen.keeps_gathered
+    line = (
+        f"{chosen.recompute} of {model_config.num_hidden_layers} blocks recompute"
+        f"{', gathered weights are freed between forward and backward' * freed}: {gib['total']:.1f}"
+        f" of {available:.1f} GiB, rows of up to {layout.row_tokens:,} tokens"
+    )
+    return chosen, line, warning
+
+
+def longest_row(config, hidden_size, documents):
+    """The most that any rank has in the run: tokens and trained tokens of a row, rows an update.
+
+    As fields of a `Layout`. Every rank plans the rows of its share of the updates.
+    """
+    lengths, trained = documents.tokens, documents.trained_counts.sum(1)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    _, total = update_count(len(documents), config.batch_size, config.epochs)
+    most = [1, 1, 1]
+    for step in range(rank, min(total, config.max_steps or total), world):
+        _, members = update_members(len(documents), config.batch_size, config.seed, step)
+        plan = plan_rows(
+            lengths[members], world, config.micro_tokens, hidden_size, documents.squares[members]
+        )
+        for row in (members[row] for rows in plan for row in rows):
+            most = list(map(max, most, (lengths[row].sum(), trained[row].sum(), len(plan[0]))))
+    names, everyone = ("row_tokens", "predicted", "rows"), gather_lists([most])
+    return {name: int(max(each)) for name, *each in zip(names, *everyone, strict=True)}
