@@ -35,13 +35,14 @@ from program.ranks import gather_lists, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_pair
 from training import update
+from training.flags import RunFlags
 from training.parallel import shard
 from training.reference import answer_logps, reference_logps
 from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(RunFlags):
     """Defaults are Tulu 2+DPO's at every size (EasyLM docs/ai2.md; the paper's appendix B)."""
 
     model: str | None = None  # Hugging Face folder of the SFT model: start and reference
@@ -58,14 +59,7 @@ class DPOConfig:
     clip: float = 1.0  # largest global norm of the gradients (0: no clipping)
     beta: float = 0.1  # how strongly the reference holds (equation 7)
     micro_tokens: int = 16384  # most tokens in one forward pass of one rank
-    max_steps: int = 0  # stop after so many updates of the full schedule (0: all)
-    save_every: int = 0  # updates between resumable checkpoints (0: only when stopped by a signal)
-    keep: int = 2  # resumable checkpoints that stay
-    keep_checkpoints: bool = False  # a finished run keeps them, too
     seed: int = 42  # of the order of the data
-    dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
-    recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
-    compile: bool | None = None  # torch.compile per block (default: on a GPU)
 
 
 def dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta):
@@ -116,7 +110,7 @@ def main(flags):
     _, total = update_count(len(documents), config.batch_size, config.epochs)
     last = min(total, config.max_steps or total)
 
-    shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
+    shard(model, config, device)
     # Before any forward pass: after one under no_grad, parameters() may hold gathered copies.
     optimizer = update.make_optimizer(model, config)
     # The model that training starts from is the reference, so it is loaded for a resumed run, too.

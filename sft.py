@@ -32,12 +32,13 @@ from program.ranks import gather_lists, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
+from training.flags import RunFlags
 from training.parallel import shard
 from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(RunFlags):
     """Defaults are Tulu 2 7B's (EasyLM docs/ai2.md; the paper's appendix B). 70B: lr 1e-5."""
 
     model: str | None = None  # Hugging Face folder of the Llama to start from
@@ -53,14 +54,7 @@ class SFTConfig:
     beta2: float = 0.95  # of AdamW
     clip: float = 1.0  # largest global norm of the gradients (0: no clipping)
     micro_tokens: int = 16384  # most tokens in one forward pass of one rank
-    max_steps: int = 0  # stop after so many updates of the full schedule (0: all)
-    save_every: int = 0  # updates between resumable checkpoints (0: only when stopped by a signal)
-    keep: int = 2  # resumable checkpoints that stay
-    keep_checkpoints: bool = False  # a finished run keeps them, too
     seed: int = 42  # of the order of the data
-    dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
-    recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
-    compile: bool | None = None  # torch.compile per block (default: on a GPU)
 
 
 def main(flags):
@@ -72,7 +66,7 @@ def main(flags):
     last = min(total, config.max_steps or total)
 
     # Sharded before it has memory, so that no rank ever holds the whole model.
-    shard(model, device, getattr(torch, config.dtype), config.recompute, config.compile)
+    shard(model, config, device)
     optimizer = update.make_optimizer(model, config)
     first = resume_run(run.out, model, optimizer, config.keep)
     if first == 0:

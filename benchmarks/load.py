@@ -34,6 +34,7 @@ from program.files import fsync
 from program.flags import parse_args
 from program.ranks import start
 from tokens.tokenizer import Tokenizer
+from training.flags import RunFlags
 from training.parallel import shard
 
 ROOT = Path(__file__).parent.parent
@@ -160,7 +161,7 @@ def measure_here(way, source, target, records):
     record = {"baseline_mb": before["VmRSS"]}
     with watched(record, "load", before):
         if name == "ours":
-            shard(model, torch.device("cpu"), torch.float32)
+            shard(model, RunFlags(dtype="float32"), torch.device("cpu"))
             load_hf(model, source)
         else:
             model = transformers.LlamaForCausalLM.from_pretrained(source, dtype=dtype)

@@ -23,6 +23,7 @@ from program.flags import parse_args
 from program.hardware import peak_flops, peak_memory_gib
 from program.ranks import start
 from training import update
+from training.flags import RunFlags
 from training.parallel import shard
 
 LLAMA_2_7B = config_from_dict(inputs.FIXED | inputs.LLAMA_2_7B | {"vocab_size": 32000})
@@ -59,7 +60,8 @@ def make_step(config, lengths, device, dtype, recompute):
     with torch.device("meta"):
         model = Llama(config)
     gpu = device.type == "cuda"
-    shard(model, device, dtype, recompute=gpu and recompute, compile=gpu)
+    name = str(dtype).removeprefix("torch.")
+    shard(model, RunFlags(dtype=name, recompute=gpu and recompute, compile=gpu), device)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -64,6 +64,7 @@ def parse_args(config_class, argv=None):
     """The flags on the command line, as a dict. Raises `InputError` for an unknown or bad flag.
 
     Every field of the dataclass is a flag, and the comment behind the field is the flag's help.
+    What the dataclass inherits is a group of its own in --help, under the class's docstring.
     """
     source = "".join(map(inspect.getsource, config_class.__mro__[:-1]))  # what it inherits, too
     comments = dict(re.findall(r"^ +(\w+):.*?# (.+)$", source, re.M))
@@ -78,7 +79,12 @@ def parse_args(config_class, argv=None):
         raise InputError(f"{message} (--help lists the flags)")
 
     parser.error = refuse
-    for field in dataclasses.fields(config_class):
+    own, groups = config_class.__annotations__, {}
+    for kin in config_class.__mro__[1:-1]:
+        title, _, description = inspect.getdoc(kin).partition("\n")
+        group = parser.add_argument_group(title.rstrip("."), description.strip())
+        groups |= dict.fromkeys(kin.__annotations__, group)
+    for field in sorted(dataclasses.fields(config_class), key=lambda field: field.name not in own):
         kind = field.type
         if isinstance(kind, types.UnionType):  # `int | None`: the default depends on something
             kind = typing.get_args(kind)[0]
@@ -93,7 +99,8 @@ def parse_args(config_class, argv=None):
             }
         default = "" if field.default is None else f" (default: {field.default})"
         help = f"{comments[field.name]}{default}".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), help=help, **options)
+        group = groups.get(field.name, parser)
+        group.add_argument("--" + field.name.replace("_", "-"), help=help, **options)
     flags = vars(parser.parse_args(argv))
     for name, value in flags.items():
         if value == []:  # argparse's reading of `--epochs=--`

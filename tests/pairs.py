@@ -9,6 +9,7 @@ from checkpoint.config import read_config
 from checkpoint.weights import load_hf
 from model import Llama
 from program.ranks import start
+from training.flags import RunFlags
 from training.parallel import shard
 
 
@@ -32,7 +33,7 @@ def loaded(folder):
     _, _, device = start()
     with torch.device("meta"):
         model = Llama(read_config(folder))
-    shard(model, device, torch.float32)
+    shard(model, RunFlags(dtype="float32"), device)
     load_hf(model, folder)
     return model, device
 

@@ -13,20 +13,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 
-def shard(model, device, dtype, recompute=False, compile=False):
+def shard(model, config, device):
     """Make a model that was built on the meta device ready to train, in place.
 
-    recompute: each block computes its activations again in backward. compile: torch.compile for
-    each block. Then FSDP2 shards the weights, and each rank gets memory, not filled yet, for its
-    own slices alone. Master weights, gradients and their reduction are fp32; the blocks compute in
-    `dtype`.
+    config: `RunFlags`. recompute: each block computes its activations again in backward. compile:
+    torch.compile for each block. Then FSDP2 shards the weights, and each rank gets memory, not
+    filled yet, for its own slices alone. Master weights, gradients and their reduction are fp32;
+    the blocks compute in `config.dtype`.
     """
-    world = dist.get_world_size()
+    world, dtype = dist.get_world_size(), getattr(torch, config.dtype)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in model.model.layers:
-        if recompute:
+        if config.recompute:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if compile:
+        if config.compile:
             block.forward = torch.compile(block.forward, dynamic=True)
     # A single rank in fp32 has nothing to gather and nothing to cast: FSDP would only copy every
     # gradient, twice in each backward pass.

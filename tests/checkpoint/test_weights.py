@@ -18,6 +18,7 @@ from model import Llama
 from program import files
 from program.ranks import start
 from tokens.tokenizer import Tokenizer
+from training.flags import RunFlags
 from training.parallel import shard
 
 
@@ -26,7 +27,7 @@ def sharded(folder):
     _, _, device = start()
     with torch.device("meta"):
         model = Llama(read_config(folder))
-    shard(model, device, torch.float32)
+    shard(model, RunFlags(dtype="float32"), device)
     checkpoint.load_hf(model, folder)
     return model
 

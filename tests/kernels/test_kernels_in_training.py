@@ -20,6 +20,7 @@ from kernels.attention import attention_triton
 from kernels.cross_entropy import linear_cross_entropy_triton
 from model import Llama, LlamaConfig
 from program.ranks import start
+from training.flags import RunFlags
 from training.parallel import shard
 from training.update import clip_gradients, make_optimizer
 
@@ -88,7 +89,7 @@ def two_steps(monkeypatch, dtype, lengths=LENGTHS, uniform=True, **how):
         _, _, device = start()
         with torch.device("meta"):
             llama = Llama(CONFIG)
-        shard(llama, device, dtype, **how)
+        shard(llama, RunFlags(dtype=str(dtype).removeprefix("torch."), **how), device)
         values = make_weights()
         with torch.no_grad():
             for name, parameter in llama.named_parameters():
@@ -180,7 +181,7 @@ def test_rows_of_other_lengths_compile_nothing_new(monkeypatch):
     _, _, device = start()
     with torch.device("meta"):
         llama = Llama(CONFIG)
-    shard(llama, device, SIXTEEN, **EVERYTHING)
+    shard(llama, RunFlags(dtype=str(SIXTEEN).removeprefix("torch."), **EVERYTHING), device)
     with torch.no_grad():
         for parameter in llama.parameters():
             whole(parameter).normal_(0, 0.05)

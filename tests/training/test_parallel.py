@@ -11,6 +11,7 @@ from harm import FORKS, free_port
 from model import Llama, LlamaConfig
 from program.errors import RunError
 from program.ranks import gather_lists, own_share, raise_together, start, sum_over_ranks
+from training.flags import RunFlags
 from training.parallel import shard
 
 CONFIG = LlamaConfig(37, 64, 96, 2, 2, 1, 32, 1e-5, 1e4, False)
@@ -56,7 +57,7 @@ def sharded(dtype):
     _, _, device = start()
     with torch.device("meta"):
         model = Llama(CONFIG)
-    shard(model, device, dtype)
+    shard(model, RunFlags(dtype=str(dtype).removeprefix("torch.")), device)
     for number, parameter in enumerate(model.parameters()):
         rows, first = local_rows(parameter.detach())
         rows.copy_(weights(number, parameter.shape)[first : first + len(rows)])
@@ -98,7 +99,7 @@ def test_recomputation_runs_every_block_again_in_backward(recompute):
     _, _, device = start()
     with torch.device("meta"):
         model = Llama(CONFIG)
-    shard(model, device, torch.float32, recompute=recompute)
+    shard(model, RunFlags(dtype="float32", recompute=recompute), device)
     called = []
     for number, block in enumerate(model.model.layers):
         block.mlp.register_forward_pre_hook(lambda *_, n=number: called.append(n))

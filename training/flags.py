@@ -1,0 +1,19 @@
+"""The flags that sft.py and dpo.py share: how a run is carried out, not what an update is.
+
+The loops' own dataclasses inherit them, and --help shows each class here as a group.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """How the run is carried out."""
+
+    max_steps: int = 0  # stop after so many updates of the full schedule (0: all)
+    save_every: int = 0  # updates between resumable checkpoints (0: only when stopped by a signal)
+    keep: int = 2  # resumable checkpoints that stay
+    keep_checkpoints: bool = False  # a finished run keeps them, too
+    dtype: str | None = None  # bfloat16 or float32, to compute in (default: bfloat16 on a GPU)
+    recompute: bool | None = None  # activations again in backward, per block (default: on a GPU)
+    compile: bool | None = None  # torch.compile per block (default: on a GPU)
