@@ -35,14 +35,14 @@ from program.ranks import gather_lists, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_pair
 from training import update
-from training.flags import RunFlags
+from training.flags import LoRAFlags, RunFlags
 from training.parallel import shard
 from training.reference import answer_logps, reference_logps
 from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class DPOConfig(RunFlags):
+class DPOConfig(LoRAFlags, RunFlags):
     """Defaults are Tulu 2+DPO's at every size (EasyLM docs/ai2.md; the paper's appendix B)."""
 
     model: str | None = None  # Hugging Face folder of the SFT model: start and reference
@@ -125,6 +125,7 @@ def main(flags):
     for step in range(first, last):
         # The batch: the update's pairs, the same on all ranks, and this rank's rows of them.
         started = time.perf_counter()
+        run.dropout.update = step  # its draws are a function of the update
         epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
         lengths, trained = documents.lengths[pairs], documents.trained_counts[pairs].sum()
         hidden_size, tokens = model.config.hidden_size, lengths.sum(1)  # tokens of each pair

@@ -32,13 +32,13 @@ from program.ranks import gather_lists, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
-from training.flags import RunFlags
+from training.flags import LoRAFlags, RunFlags
 from training.parallel import shard
 from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class SFTConfig(RunFlags):
+class SFTConfig(LoRAFlags, RunFlags):
     """Defaults are Tulu 2 7B's (EasyLM docs/ai2.md; the paper's appendix B). 70B: lr 1e-5."""
 
     model: str | None = None  # Hugging Face folder of the Llama to start from
@@ -68,9 +68,8 @@ def main(flags):
     # Sharded before it has memory, so that no rank ever holds the whole model.
     shard(model, config, device)
     optimizer = update.make_optimizer(model, config)
+    load_hf(model, config.model)
     first = resume_run(run.out, model, optimizer, config.keep)
-    if first == 0:
-        load_hf(model, config.model)
     if rank == 0:
         start_log(run, config, first, device)
 
@@ -79,6 +78,7 @@ def main(flags):
     for step in range(first, last):
         # The batch: the update's conversations, the same on all ranks, and this rank's rows.
         started = time.perf_counter()
+        run.dropout.update = step  # its draws are a function of the update
         epoch, members = update_members(len(documents), config.batch_size, config.seed, step)
         lengths, trained = documents.lengths[members], documents.trained_counts[members].sum()
         rows = plan_rows(lengths[:, 0], world, config.micro_tokens, model.config.hidden_size)[rank]

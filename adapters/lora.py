@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from adapters.dropout import Dropout
+from checkpoint.weights import local_rows
 from kernels import nf4
 from program.errors import InputError
 
@@ -54,8 +55,8 @@ def projections(model):
 
 def check_lora(model_config, config):
     """Raise `InputError` for flags of LoRA that do not go together, or not with this model."""
-    E, D = model_config.hidden_size, model_config.head_dim
-    heads, F = model_config.num_attention_heads, model_config.intermediate_size
+    E, F = model_config.hidden_size, model_config.intermediate_size
+    D, H = model_config.head_dim, model_config.num_attention_heads
     if config.quantize not in (None, "nf4"):
         raise InputError(f"--quantize is {config.quantize}, expected nf4")
     if config.quantize and not config.lora_rank:
@@ -69,7 +70,8 @@ def check_lora(model_config, config):
             f"--lora-rank is {config.lora_rank}, expected at most {narrowest}, the width of the "
             "model's narrowest projection"
         )
-    for name, width in (("hidden_size", E), ("head_dim · heads", heads * D), ("intermediate_size", F)):
+    widths = {"hidden_size": E, "heads · head_dim": H * D, "intermediate_size": F}
+    for name, width in widths.items():
         if config.quantize and width % nf4.BLOCK:
             raise InputError(
                 f"--quantize nf4: the model's {name} is {width}, expected a multiple of "
@@ -119,35 +121,42 @@ class LoRALinear(nn.Module):
     def load_rows(self, rows, first):
         """Take this rank's rows (n, K) of W, the first of which is `first`, and start A and B.
 
-        With NF4 the ranks exchange the scales of their blocks, so that all have those of a weight
-        that was quantised whole. Every rank calls it. A `rows` that is an `NF4` is a whole weight
-        that was quantised before.
+        A `rows` that is an `NF4` is the whole weight, quantised before. Every rank calls it.
         """
-        local = local_part(self.weight)
-        if isinstance(rows, nf4.NF4):
-            local.copy_(rows.codes[first : first + len(local)])
-            scales = rows[1:]
-        elif self.quantized:
-            codes, absmax = nf4.quantize_blocks(rows.to(local.device))
-            local.copy_(codes)
-            every = torch.zeros(len(self.absmax), device=local.device)
-            every[first * self.in_features // nf4.BLOCK :][: len(absmax)] = absmax
-            if isinstance(self.weight, DTensor):
-                dist.all_reduce(every, dist.ReduceOp.MAX)  # elsewhere it is 0, or the same
-            scales = nf4.quantize_scales(every)
-        else:
-            local.copy_(rows)
-            scales = ()
-        for buffer, values in zip((self.absmax, self.nested, self.offset) if scales else (), scales):
-            buffer.copy_(values)
+        local, _ = local_rows(self.weight)
+        if self.quantized:
+            if isinstance(rows, nf4.NF4):
+                codes, scales = rows.codes[first : first + len(local)], rows[1:]
+            else:
+                codes, scales = self.quantize_rows(rows.to(local.device), first)
+            rows = codes
+            for buffer, values in zip((self.absmax, self.nested, self.offset), scales, strict=True):
+                buffer.copy_(values)
+        local.copy_(rows)
         self.start()
+
+    def quantize_rows(self, rows, first):
+        """Codes of this rank's rows, and the scales of all: the ranks exchange them before they are
+        quantised themselves, so that the result is that of a weight quantised whole."""
+        codes, own = nf4.quantize_blocks(rows)
+        absmax = torch.zeros(len(self.absmax), device=rows.device)
+        absmax[self.blocks_of(first, len(rows))] = own
+        if isinstance(self.weight, DTensor):
+            dist.all_reduce(absmax, dist.ReduceOp.MAX)  # of zeros, and of equals where rows repeat
+        return codes, nf4.quantize_scales(absmax)
+
+    def blocks_of(self, first, rows):
+        """The blocks of 64 weights that some rows are."""
+        per_row = self.in_features // nf4.BLOCK
+        return slice(first * per_row, (first + rows) * per_row)
 
     @torch.no_grad()
     def start(self):
         """A and B as they are before training, the same for any number of ranks."""
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.number)
-        A = (torch.rand(self.rank, self.in_features, generator=generator) * 2 - 1)
-        fill(self.lora_A.weight, A / self.in_features**0.5)
+        A = torch.rand(self.rank, self.in_features, generator=generator) * 2 - 1
+        local, first = local_rows(self.lora_A.weight)
+        local.copy_(A[first : first + len(local)] / self.in_features**0.5)
         self.lora_B.weight.zero_()
         self.feature_keys.copy_(self.dropout.feature_keys(self.number, self.in_features))
 
@@ -158,13 +167,11 @@ class LoRALinear(nn.Module):
         Of the W that was trained on: decoded, where it is quantised. The sum is rounded later, and
         once: added to a W already rounded to bf16, half of a change of a thousandth is lost.
         """
-        local = local_part(self.weight)
+        local, _ = local_rows(self.weight)
         A = self.lora_A.weight
         A = A.full_tensor() if isinstance(A, DTensor) else A
+        base = local.float()
         if self.quantized:
-            begin = first * self.in_features // nf4.BLOCK
-            scales = nf4.decode_scales(self.state())[begin:][: len(local) * self.in_features // nf4.BLOCK]
+            scales = nf4.decode_scales(self.state())[self.blocks_of(first, len(local))]
             base = nf4.decode_blocks(local, scales, torch.float32)
-        else:
-            base = local.float()
-        return base.addmm(local_part(self.lora_B.weight), A, alpha=self.scale)
+        return base.addmm(local_rows(self.lora_B.weight)[0], A, alpha=self.scale)

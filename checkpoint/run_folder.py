@@ -50,6 +50,7 @@ OVERWRITTEN = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
+    "adapter",
 )
 
 

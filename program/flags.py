@@ -31,6 +31,9 @@ BOUNDS = {
     "save_every": (0, math.inf),
     "keep": (1, math.inf),
     "seed": (0, 2**63),
+    "lora_rank": (0, math.inf),
+    "lora_alpha": (0, math.inf),
+    "lora_dropout": (0, 1),
     "show": (0, math.inf),
     "slots": (1, math.inf),
     "context": (0, math.inf),
@@ -39,7 +42,9 @@ BOUNDS = {
     "top_p": (0, 1),
     "max_new_tokens": (1, math.inf),
 }
-EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}  # bounds that are not allowed
+# Bounds that are not allowed.
+EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}
+EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1}
 
 # Flags that say how a run is carried out: it may be continued with other values. (The model is
 # compared by its real path, the data by their content.)

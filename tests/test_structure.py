@@ -14,6 +14,7 @@ FLOORS = [
     {"program", "kernels"},
     {"model", "tokens"},
     {"data", "checkpoint"},
+    {"adapters"},
     {"training", "decoding", "tulu_mixture"},
     {"demo"},
     {"evals"},

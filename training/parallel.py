@@ -31,10 +31,15 @@ def shard(model, config, device):
     # A single rank in fp32 has nothing to gather and nothing to cast: FSDP would only copy every
     # gradient, twice in each backward pass.
     if world > 1 or dtype != torch.float32:
+        # Weights that are not trained (adapters/) are in `dtype` already: on a single rank FSDP
+        # would keep a second copy of them.
+        frozen = {p for p in model.parameters() if not p.requires_grad and world == 1}
         for block in model.model.layers:
             # A single rank keeps its 16-bit copy for backward, instead of casting a second time.
-            fully_shard(block, mp_policy=policy, reshard_after_forward=world > 1)
+            fully_shard(
+                block, mp_policy=policy, reshard_after_forward=world > 1, ignored_params=frozen
+            )
         # The rest (embedding, last norm, head) is one group. It stays gathered after the forward
         # pass, because the backward pass begins with the head.
-        fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+        fully_shard(model, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen)
     model.to_empty(device=device)

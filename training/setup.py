@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adapters.dropout import Dropout
+from adapters.lora import put_in
 from checkpoint.config import read_config
 from checkpoint.resume import remove_checkpoints
 from checkpoint.run_folder import check_output, lock_output, start_records, unlock_output
@@ -31,6 +33,7 @@ class Run:
     tokenizer: Tokenizer
     model: Llama  # on the meta device: it has no memory yet
     documents: Documents
+    dropout: Dropout  # of the adapters, if there are any; the loop tells it each update's number
     facts: dict[str, Any]  # what tells this run from others: flags, hashes of data and weights
     lock: Any  # held until this process ends, so that no other run writes to `out`
 
@@ -45,12 +48,13 @@ def open_run(config, encode_record, pairs=False):
     """
     check_flags(config)
     out, rank = Path(config.out), dist.get_rank()
-    model_config = read_config(config.model)
+    model_config = read_config(config.model, quantized=config.quantize is not None)
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
     as_text = check_tokenizer(tokenizer, config.model)
     with torch.device("meta"):
         model = Llama(model_config)
+    dropout = put_in(model, config)
     find_tensors(model, config.model)
     facts, lock = run_facts(config), None
     if rank == 0:
@@ -60,7 +64,7 @@ def open_run(config, encode_record, pairs=False):
     )
     check_micro_tokens(documents, config.micro_tokens)
     facts["data"] = documents.key
-    if pairs:
+    if pairs or config.lora_rank:
         facts["weights"] = weights_key(config.model)
     if rank == 0:
         # Now that the data are known: that of a signal, and those of --save-every.
@@ -83,7 +87,7 @@ def open_run(config, encode_record, pairs=False):
                 f"{config.batch_size:,}; an update takes them all, one an epoch",
                 file=sys.stderr,
             )
-    return Run(out, out / "metrics.jsonl", tokenizer, model, documents, facts, lock)
+    return Run(out, out / "metrics.jsonl", tokenizer, model, documents, dropout, facts, lock)
 
 
 def print_changes(longest, positions, as_text):
