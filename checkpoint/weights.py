@@ -36,14 +36,13 @@ SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut th
 FLOATS = ("F32", "F16", "BF16")
 
 
-def find_tensors(model, folder):
+def find_tensors(model, folder, quantized=False):
     """`{tensor name: file}` of an HF folder, after a check of all names, shapes and dtypes.
 
     Only headers are read. Raises `InputError` with the missing, unexpected and misshapen tensors.
-    Weights that the model keeps in NF4 may be in NF4 (quantized.py checks those as it reads them).
+    quantized: projections may be in NF4 (quantized.py checks those as it reads them).
     """
     expected = plain_shapes(model.config)
-    packed = [name for name, p in model.named_parameters() if p.dtype == torch.uint8]
     files, problems, in_nf4 = {}, [], {}
     for path in weight_files(Path(folder)):
         try:
@@ -52,7 +51,7 @@ def find_tensors(model, folder):
                     tensor = file.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     files[name] = path
-                    if name in packed and dtype == "U8":
+                    if quantized and name.endswith("_proj.weight") and dtype == "U8":
                         in_nf4 |= {name + suffix: name for suffix in ("", *BESIDE)}
                         continue
                     if name in expected and shape != expected[name]:
@@ -140,7 +139,8 @@ def load_hf(model, folder):
     tensor, so that only that tensor's pages are in memory. Raises `InputError` on every rank if a
     weight is not finite.
     """
-    files, problems = find_tensors(model, folder), []
+    quantized = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
+    files, problems = find_tensors(model, folder, quantized), []
     for name, shape in plain_shapes(model.config).items():
         module, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
         local, first = local_rows(parameter.detach())

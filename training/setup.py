@@ -55,7 +55,7 @@ def open_run(config, encode_record, pairs=False):
     with torch.device("meta"):
         model = Llama(model_config)
     dropout = put_in(model, config)
-    find_tensors(model, config.model)
+    find_tensors(model, config.model, quantized=config.quantize is not None)
     facts, lock = run_facts(config), None
     if rank == 0:
         check_output(out, facts, model)
