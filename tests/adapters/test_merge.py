@@ -1,13 +1,17 @@
 """merge.py and adapter_folder.py: what a run saves, what PEFT makes of it, and what is refused."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adapted import adapted
 from adapters.merge import MergeConfig, merge
 from harm import harmed, recipe
+from program.errors import InputError
 from program.ranks import start
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -107,7 +111,7 @@ def test_an_adapter_of_pefts_merges_to_its_own_models_logits(wide, merged, tmp_p
 
 @pytest.fixture
 def refusal(trained, merged, tmp_path):
-    """`refusal(change)`: the error once `change(config, tensors)` was done to an adapter of ours."""
+    """`refusal(change)`: the error once `change(config, tensors)` was done to an adapter."""
 
     def run(change, **flags):
         folder = tmp_path / "changed"
@@ -126,6 +130,7 @@ def refusal(trained, merged, tmp_path):
 
 
 FIRST = PREFIX + "model.layers.0.self_attn.q_proj.lora_A.weight"
+THIRD = FIRST.replace(".0.", ".2.")  # the base has two layers
 
 
 def narrower(config, tensors):
@@ -143,8 +148,11 @@ def narrower(config, tensors):
         (narrower, r"are (4, 63) and (64, 4), expected (4, 64) and (64, 4)"),
         (lambda c, t: t.pop(FIRST), "expected a B for each of 13 A"),
         (lambda c, t: t.pop(FIRST.replace("_A", "_B")), "are (4, 64) and None"),
-        (lambda c, t: t.update({FIRST.replace(".0.", ".2."): t[FIRST]}), "does not have"),
-        (lambda c, t: t.update({PREFIX + "score.weight": t[FIRST]}), "score.weight is unexpected"),
+        (lambda c, t: t.update({THIRD: t[FIRST] + 1}), "which the base does not have"),
+        (
+            lambda c, t: t.update({PREFIX + "score.weight": t[FIRST] + 1}),
+            "score.weight is unexpected",
+        ),
         (lambda c, t: t[FIRST].fill_(float("nan")), "not finite"),
     ],
     ids=["dora", "ia3", "bias", "r", "rank", "width", "no A", "no B", "layer", "other", "nan"],
