@@ -45,7 +45,7 @@ LEVELS = (
 )  # fmt: skip
 
 QUANTIZED_AT_ONCE = 1 << 24  # weights; fp32 copies and int32 codes of so many are in memory
-KERNEL_BLOCKS = 16  # blocks that one program decodes: 1,024 weights, eight for each thread of 128
+KERNEL_BLOCKS, KERNEL_WARPS = 16, 4  # of a program: 1,024 weights, eight for each of its threads
 
 
 class NF4(NamedTuple):
@@ -157,7 +157,7 @@ def dequantize_triton(state, dtype, out=None):
     dequantize_kernel[(triton.cdiv(blocks, KERNEL_BLOCKS),)](
         state.codes, state.absmax, state.nested, state.offset,
         table(LEVELS, state.codes.device), table(None, state.codes.device), out, blocks,
-        KERNEL_BLOCKS, num_warps=4, enable_fp_fusion=False,
+        KERNEL_BLOCKS, num_warps=KERNEL_WARPS, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
