@@ -20,7 +20,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -31,7 +30,7 @@ from data import plan_rows, update_count, update_members
 from demo import command as demo
 from program.errors import RunError, reported
 from program.flags import parse_args, resolve
-from program.ranks import gather_lists, start, sum_over_ranks
+from program.ranks import gather_lists, leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_pair
 from training import update
@@ -192,4 +191,4 @@ if __name__ == "__main__":
         main(flags)
         if is_demo:
             demo.show_effect(flags)
-        dist.destroy_process_group()
+        leave()

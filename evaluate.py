@@ -38,7 +38,7 @@ from program.errors import InputError, reported
 from program.files import digest, hold, whole_lines, written_aside
 from program.flags import check_bounds, parse_args
 from program.hardware import environment
-from program.ranks import gather_lists, own_share, start
+from program.ranks import gather_lists, leave, own_share, start
 from tokens.folder import tokenizer_file
 
 TASKS = (
@@ -212,4 +212,4 @@ def score_text(result):
 if __name__ == "__main__":
     with reported():
         main(parse_args(EvalConfig))
-        dist.destroy_process_group()
+        leave()

@@ -36,7 +36,7 @@ from demo.compare import newest_model
 from program.errors import InputError, reported
 from program.files import hold, whole_lines
 from program.flags import check_bounds, parse_args
-from program.ranks import gather_lists, start
+from program.ranks import gather_lists, leave, start
 from tokens import readers
 from tokens.shapes import plain_messages, text_of
 from tokens.tokenizer import Tokenizer
@@ -291,4 +291,4 @@ def print_answer(pieces):
 if __name__ == "__main__":
     with reported():
         main(parse_args(GenerateConfig))
-        dist.destroy_process_group()
+        leave()

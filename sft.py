@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoint.resume import resume_run, save_run
@@ -28,7 +27,7 @@ from data import pack_row, plan_rows, update_count, update_members
 from demo import command as demo
 from program.errors import reported
 from program.flags import parse_args, resolve
-from program.ranks import gather_lists, start, sum_over_ranks
+from program.ranks import gather_lists, leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
@@ -139,4 +138,4 @@ if __name__ == "__main__":
         main(flags)
         if is_demo:
             demo.show_effect(flags)
-        dist.destroy_process_group()
+        leave()

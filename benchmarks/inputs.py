@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from data import Documents
 from program.errors import InputError
+from tokens.documents import Documents
 from tokens.tokenizer import Tokenizer
 
 

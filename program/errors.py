@@ -31,6 +31,8 @@ def reported():
         yield
     except BrokenPipeError:  # the reader of our output (`| head`) has closed it
         os._exit(0)
+    except SystemExit as stop:  # of a run that a signal has stopped
+        end(stop.code)
     except KeyboardInterrupt:  # before training; in training, `watch_signals` notes it
         os._exit(128 + signal.SIGINT)
     except Exception as error:
@@ -45,8 +47,20 @@ def reported():
         sys.stdout.flush()
         with tqdm.external_write_mode(sys.stderr):  # so that a progress bar is on another line
             print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        # Not sys.exit: Python's shutdown would wait for process groups that other ranks still hold.
-        os._exit(1 if isinstance(error, RunError) else 2)
+        end(1 if isinstance(error, RunError) else 2)
+
+
+def end(status):
+    """End the process, without Python's shutdown.
+
+    The threads of a process group outlive it. The shutdown would wait for groups that other ranks
+    still hold; and a thread that needs the interpreter meanwhile (gloo's, to call what waits for a
+    sum) would abort the process, though its work is done.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader is gone
+            stream.flush()
+    os._exit(status or 0)
 
 
 def usable_streams():

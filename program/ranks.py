@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from program.errors import RunError, one_line
+from program.errors import RunError, end, one_line
 
 
 def start():
@@ -36,6 +36,12 @@ def start():
         timeout=timedelta(minutes=30),
     )
     return rank, world, device
+
+
+def leave():
+    """Leave the process group, and end the process; see `end` in errors.py."""
+    dist.destroy_process_group()
+    end(0)
 
 
 def die_with_parent():

@@ -15,11 +15,12 @@ import dpo
 from checkpoint.resume import saved_runs
 from checkpoint.weights import weights_key
 from conftest import run_program, updates
-from data import Documents, update_members
+from data import update_members
 from harm import FSYNC, REPLACE, assert_same_run, flip_byte, harmed, recipe
 from pairs import loaded, message, pair, their_logps, write
 from program.errors import InputError, RunError
 from program.flags import run_facts
+from tokens.documents import Documents
 from tokens.records import encode_pair
 from tokens.tokenizer import Tokenizer
 from training.reference import answer_logps, reference_logps

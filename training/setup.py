@@ -15,11 +15,12 @@ from checkpoint.config import read_config
 from checkpoint.resume import remove_checkpoints
 from checkpoint.run_folder import check_output, lock_output, start_records, unlock_output
 from checkpoint.weights import find_tensors, weights_key
-from data import Documents, amount, check_micro_tokens, schedule, update_count
+from data import schedule, update_count
 from model import Llama
 from program.errors import InputError
 from program.flags import check_flags, run_facts
 from program.hardware import environment
+from tokens.documents import Documents, amount, check_micro_tokens
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 

@@ -187,7 +187,7 @@ def test_a_stopped_run_in_bf16_goes_on_bit_for_bit(flags, tmp_path):
 def test_interrupted_before_the_first_update(flags, tmp_path):
     """Ctrl-C while the data are read: no traceback, status 130, nothing half made."""
     log = tmp_path / "log"
-    status = harmed(flags, signal.SIGINT, 1, [("data", "token_cache")], log)
+    status = harmed(flags, signal.SIGINT, 1, [("tokens.documents", "token_cache")], log)
     assert status == 128 + signal.SIGINT
     assert "Traceback" not in log.read_text()
     assert not Path(flags["out"]).exists()

@@ -87,3 +87,23 @@ def test_a_reader_that_has_had_enough_is_no_error():
     reader.wait()
     done = ended("for _ in range(9999): print('more')", stdout=reader.stdin)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_thread_that_needs_python_does_not_abort_a_run_that_is_done():
+    """Gloo's thread calls Python after `leave`: status 0. (After a plain exit it is SIGABRT.)"""
+    code = (
+        "import sys, time, torch, torch.distributed as dist\n"
+        "from program.ranks import leave, start\n"
+        "start()\n"
+        "group = dist.group.WORLD\n"
+        "sum = dist.all_reduce(torch.ones(5), async_op=True)\n"
+        "def late(_): time.sleep(1)\n"  # lets go of the interpreter, and wants it back
+        "sum.get_future().then(late)\n"
+        "class Slow:\n"  # a shutdown that takes longer
+        "    def __del__(self, sleep=time.sleep): sleep(2)\n"
+        "sys.modules['slow'] = Slow()\n"
+        "print('done')\n"
+        "leave()\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert (run.returncode, run.stdout) == (0, b"done\n"), run.stderr

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import data
 import sft
-from data import Documents
 from program.errors import InputError
+from tokens.documents import Documents
 from tokens.records import encode_conversation, encode_pair
 from tokens.shapes import conversation, remark
 from tokens.tokenizer import Tokenizer

@@ -18,13 +18,13 @@ import dpo
 from checkpoint.config import read_config
 from checkpoint.reference_file import read_reference, reference_files, write_reference
 from checkpoint.weights import weights_key
-from data import Documents
 from harm import cut_short, flip_byte
 from model import Llama
 from pairs import loaded, their_logps
 from program import files
 from program.errors import RunError
 from program.ranks import start
+from tokens.documents import Documents
 from tokens.records import encode_pair
 from training import reference as reference_module
 from training.reference import answer_logps, check_reference, reference_logps
