@@ -5,8 +5,8 @@ column of bytes, and beside it `….weight.absmax`, `.quant_map`, `.nested_absma
 `.nested_quant_map` and, in `.quant_state.bitsandbytes__nf4`, a JSON text with the rest.
 """
 
-import contextlib
 import json
+import math
 
 import torch
 from safetensors import safe_open
@@ -41,22 +41,18 @@ def is_quantized(files, name):
     return name + STATE in files
 
 
-def read_nf4(files, name, shape):
-    """The `NF4` of a quantised weight (N, K) = shape. Raises `InputError` for one of another kind.
+def check_nf4(files, name, shape):
+    """Raise `InputError` unless a weight (N, K) = shape is stored in NF4 as it is read here.
 
-    files: `{name: file}` of all tensors of the folder.
+    files: `{name: file}` of all tensors of the folder. The codes and scales are not read.
     """
-
-    def read(suffix):
-        with safe_open(files[name + suffix], "pt") as file:
-            return file.get_tensor(name + suffix)
-
     missing = [name + suffix for suffix in BESIDE if name + suffix not in files]
     if missing:
         raise InputError(f"{files[name]}: {name} is quantised, but {missing[0]} is missing")
-    codes, state = read(""), {}
-    with contextlib.suppress(ValueError):
-        state = json.loads(bytes(read(STATE).tolist()))
+    try:
+        state = json.loads(bytes(read(files, name + STATE).tolist()))
+    except ValueError:
+        state = {}
     expected = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "shape": list(shape)}
     expected |= {"nested_blocksize": nf4.NESTED_BLOCK}
     for field, value in expected.items():
@@ -67,12 +63,26 @@ def read_nf4(files, name, shape):
             )
     N, K = shape
     blocks = N * K // nf4.BLOCK
-    absmax, nested = read(".absmax"), read(".nested_absmax")
-    sizes = [tensor.numel() for tensor in (codes, absmax, nested)]
-    maps = torch.equal(read(".quant_map"), torch.tensor(nf4.LEVELS)) and torch.equal(
-        read(".nested_quant_map"), torch.tensor(nf4.scale_levels())
-    )
-    if sizes != [N * K // 2, blocks, -(-blocks // nf4.NESTED_BLOCK)] or not maps:
-        raise InputError(f"{files[name]}: {name} is not NF4 of a weight of shape {(N, K)}")
-    offset = torch.tensor(state["nested_offset"])
-    return nf4.NF4(codes.view(torch.uint8).view(N, K // 2), absmax, nested, offset)
+    sizes = {"": N * K // 2, ".absmax": blocks, ".nested_absmax": -(-blocks // nf4.NESTED_BLOCK)}
+    for suffix, size in sizes.items():
+        with safe_open(files[name + suffix], "pt") as file:
+            found = file.get_slice(name + suffix).get_shape()
+        if math.prod(found) != size:
+            raise InputError(f"{files[name]}: {name}{suffix} is {found}, expected {size} numbers")
+    for suffix, levels in ((".quant_map", nf4.LEVELS), (".nested_quant_map", nf4.scale_levels())):
+        if read(files, name + suffix).tolist() != torch.tensor(levels).tolist():
+            raise InputError(f"{files[name]}: {name}{suffix} has other levels than NF4's")
+
+
+def read_nf4(files, name, shape):
+    """The `NF4` of a weight (N, K) = shape that `check_nf4` has passed."""
+    N, K = shape
+    codes = read(files, name).view(torch.uint8).view(N, K // 2)
+    offset = json.loads(bytes(read(files, name + STATE).tolist()))["nested_offset"]
+    absmax, nested = read(files, name + ".absmax"), read(files, name + ".nested_absmax")
+    return nf4.NF4(codes, absmax, nested, torch.tensor(offset))
+
+
+def read(files, name):
+    with safe_open(files[name], "pt") as file:
+        return file.get_tensor(name)

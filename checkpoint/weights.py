@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from checkpoint.adapter_folder import adapter_tensors, write_adapter
 from checkpoint.config import read_config
 from checkpoint.disk import explained, model_bytes
-from checkpoint.quantized import BESIDE, is_quantized, read_nf4
+from checkpoint.quantized import BESIDE, check_nf4, is_quantized, read_nf4
 from checkpoint.resume import saved_runs
 from model import Llama
 from program.errors import InputError
@@ -60,6 +60,8 @@ def find_tensors(model, folder, quantized=False):
                         problems.append(f"{name} is {dtype}, expected one of {', '.join(FLOATS)}")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    for name in {*in_nf4.values()}:
+        check_nf4(files, name, expected[name])
     problems += [f"{name} is missing" for name in expected if name not in files]
     # Old checkpoints hold the rotary frequencies, and those with tied embeddings the head again.
     unused = ("rotary_emb.inv_freq",)

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 from adapted import Reference, adapted
 from adapters.lora import PROJECTIONS
 from conftest import updates
-from data import Documents, update_members
+from data import update_members
 from harm import harmed, recipe
+from tokens.documents import Documents
 from tokens.records import encode_conversation
 from training.update import learning_rate
 
