@@ -204,6 +204,7 @@ DESIGN_DEFAULTS = {
     "max_seq_len": 8192, "lr": 2e-5, "warmup_ratio": 0.03, "weight_decay": 0, "beta1": 0.9,
     "beta2": 0.95, "clip": 1.0, "micro_tokens": 16384, "max_steps": 0, "save_every": 0, "keep": 2,
     "keep_checkpoints": False,
+    "lora_rank": 0, "lora_alpha": 16, "lora_dropout": 0.1, "quantize": None,
     "seed": 42, "dtype": None, "recompute": None, "compile": None,
 }  # fmt: skip
 
