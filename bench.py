@@ -16,9 +16,8 @@ from program.errors import InputError, reported
 
 def main(arguments):
     files = {path.stem for path in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py")}
-    names = sorted(
-        files - {"inputs", "loops", "measure", "peer", "trace", "trl_trainer"}
-    )  # what they share
+    shared = {"decoding", "inputs", "loops", "measure", "peer", "trace", "trl_trainer"}
+    names = sorted(files - shared)
     name = arguments[0] if arguments else "nothing"
     if name not in names:
         raise InputError(f"bench.py: found {name}, expected one of {', '.join(names)}")

@@ -33,7 +33,7 @@ from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_pair
 from training import update
-from training.flags import LESS_MEMORY, DataFlags, OutputFlags, RunFlags
+from training.flags import LESS_MEMORY, DataFlags, LoRAFlags, OutputFlags, RunFlags
 from training.held_out import held_out_logps, log_held_out
 from training.parallel import shard
 from training.reference import answer_logps, reference_logps
@@ -42,7 +42,7 @@ from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class DPOConfig(RunFlags, DataFlags, OutputFlags):
+class DPOConfig(RunFlags, DataFlags, OutputFlags, LoRAFlags):
     """Defaults are Tulu 2+DPO's at every size (EasyLM docs/ai2.md; the paper's appendix B)."""
 
     model: str | None = None  # Hugging Face folder of the SFT model: start and reference
@@ -137,6 +137,7 @@ def main(flags):
 
         # The batch: the update's pairs, the same on all ranks, and this rank's rows of them.
         started = time.perf_counter()
+        run.dropout.update = step  # its draws are a function of the update
         epoch, pairs = update_members(len(documents), config.batch_size, config.seed, step)
         tokens, squares = documents.tokens[pairs], documents.squares[pairs]
         hidden_size = model.config.hidden_size

@@ -31,7 +31,7 @@ from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
 from tokens.records import encode_conversation
 from training import update
-from training.flags import LESS_MEMORY, DataFlags, OutputFlags, RunFlags
+from training.flags import LESS_MEMORY, DataFlags, LoRAFlags, OutputFlags, RunFlags
 from training.held_out import held_out_logps, log_held_out
 from training.parallel import shard
 from training.saving import save_or_export, stop_run
@@ -39,7 +39,7 @@ from training.setup import finish_run, open_run, start_log
 
 
 @dataclass(frozen=True)
-class SFTConfig(RunFlags, DataFlags, OutputFlags):
+class SFTConfig(RunFlags, DataFlags, OutputFlags, LoRAFlags):
     """Defaults are Tulu 2 7B's (EasyLM docs/ai2.md; the paper's appendix B). 70B: lr 1e-5."""
 
     model: str | None = None  # Hugging Face folder of the Llama to start from
@@ -72,9 +72,8 @@ def main(flags):
     # Sharded before it has memory, so that no rank ever holds the whole model.
     shard(model, config, device, run.reshard)
     optimizer = update.make_optimizer(model, config)
+    load_hf(model, config.model)
     first = resume_run(run.out, model, optimizer, config.keep)
-    if first == 0:
-        load_hf(model, config.model)
     start_log(run, config, first, device)
 
     signals, stop = watch_signals(), False  # a signal is noted there, and obeyed after the update
@@ -90,6 +89,7 @@ def main(flags):
 
         # The batch: the update's conversations, the same on all ranks, and this rank's rows.
         started = time.perf_counter()
+        run.dropout.update = step  # its draws are a function of the update
         epoch, members = update_members(len(documents), config.batch_size, config.seed, step)
         tokens, trained = documents.tokens[members], documents.trained_counts[members].sum()
         rows = plan_rows(tokens, world, config.micro_tokens, model.config.hidden_size)[rank]

@@ -67,15 +67,16 @@ def model_fields(model_shape, folder):
     return FIXED | model_shape | {"vocab_size": Tokenizer(folder).vocab_size}
 
 
-def make_model(config, folder):
+def make_model(config, folder, model_shape=None):
     """Random weights, from which every loop starts, to `folder`; returns the model's config.json.
 
-    `folder` holds the tokenizer already, and is a Hugging Face folder then.
+    model_shape: default SMALL, or TOY with --toy. `folder` holds the tokenizer already, and is a
+    Hugging Face folder then.
     """
     import transformers
 
     torch.manual_seed(config.seed)
-    fields = model_fields(TOY if config.toy else SMALL, folder)
+    fields = model_fields(model_shape or (TOY if config.toy else SMALL), folder)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).save_pretrained(folder)
     return fields
 

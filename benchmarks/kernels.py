@@ -1,4 +1,4 @@
-"""Attention and the loss beside what else computes them: `python bench.py kernels [--toy]`.
+"""Attention, the loss and NF4 beside what else computes them: `python bench.py kernels [--toy]`.
 
 Attention on rows of 16k tokens: documents of equal length (dense), and of chat-like lengths with a
 mean of 490 and of 1,097 (the paper's figure for the Tulu V2 mixture), and pairs of answers to one
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import measure, table
+from benchmarks import decoding, measure, table
 from kernels.attention import attention, tiles_on_device
 from kernels.cross_entropy import linear_cross_entropy
 from program.flags import parse_args
@@ -273,8 +273,18 @@ def jobs(toy, device, dtype):
         for N, V, E in loss_cases(toy)
         for name, provider in LOSSES.items()
     ]  # fmt: skip
+    nf4_jobs = [
+        (
+            "nf4",
+            {"N": N, "K": K},
+            name,
+            functools.partial(decoding.time_nf4, provider, N, K, device, dtype),
+        )
+        for N, K in ([(64, 128)] if toy else [(11008, 4096), (4096, 4096), (28672, 8192)])
+        for name, provider in decoding.DECODERS.items()
+    ]
     first = [job for job in attention_jobs if job[1]["D"] == 128 and job[1]["Hk"] == 32]
-    return first + loss_jobs + [job for job in attention_jobs if job not in first]
+    return first + loss_jobs + nf4_jobs + [job for job in attention_jobs if job not in first]
 
 
 @dataclass(frozen=True)
@@ -292,7 +302,7 @@ def main(arguments):
     budget = measure.Budget(config.minutes)
     device = measure.gpu_unless_toy(config)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    results = {"attention": [], "cross_entropy": []}
+    results = {"attention": [], "cross_entropy": [], "nf4": []}
     for kind, case, name, job in jobs(config.toy, device, dtype):
         result = budget.measure(job)
         results[kind].append(case | {"provider": name} | result)

@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 # On an H100, bf16, 7B's heads: TFLOP/s of attention in dense rows of 8k, the share of cuDNN's
-# forward, the loss's time over that of its three products, and its memory in MiB beside gradients.
-FORWARD, BACKWARD, CUDNN, PRODUCTS, MEMORY = 450, 350, 0.9, 1.15, 600
+# forward, the loss's time over that of its three products, and its memory in MiB beside gradients;
+# TB/s of decoding NF4.
+FORWARD, BACKWARD, CUDNN, PRODUCTS, MEMORY, DECODING = 450, 350, 0.9, 1.15, 600, 2.5
 
 
 def tables(results):
@@ -21,7 +22,10 @@ def tables(results):
         lines += ["", "TFLOP/s, forward / backward, H {}, Hk {}, D {}".format(*shape)]
         lines += grid(here, "row", lambda r: "{forward:.0f} / {backward:.0f}".format(**r["tflops"]))
     lines += ["", "head and loss, forward and backward, ms (MiB beside inputs and gradients)"]
-    return lines + grid(results["cross_entropy"], "N", time_and_memory)
+    lines += grid(results["cross_entropy"], "N", time_and_memory)
+    lines += ["", "decoding NF4 of (N, K), ms (TB/s read and written)"]
+    decoded = [row | {"shape": f"{row['N']} x {row['K']}"} for row in results.get("nf4", [])]
+    return lines + grid(decoded, "shape", lambda r: "{ms:.3f} ({tb_per_s:.2f})".format(**r))
 
 
 def time_and_memory(row):
@@ -71,6 +75,10 @@ def aims(results):
             if "peak_mib" in row:
                 memory = row["peak_mib"] - row["gradients_mib"]
                 lines.append(verdict(f"loss, N {N}, MiB", memory, MEMORY, True))
+    for row in results.get("nf4", []):
+        if row["provider"] == "ours" and "ms" in row:
+            what = f"NF4, {row['N']} x {row['K']}, TB/s"
+            lines.append(verdict(what, row["tb_per_s"], DECODING))
     return ["", *lines]
 
 

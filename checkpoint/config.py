@@ -9,22 +9,27 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.quantized import check_quantization
 from model import LlamaConfig
 from program.errors import InputError
 from program.files import read_object
 
 
-def read_config(folder):
+def read_config(folder, quantized=False):
     """The `LlamaConfig` of a Hugging Face folder.
 
-    Raises `InputError` for a field that is wrong, or that asks for what is not implemented.
+    quantized: weights in bitsandbytes' NF4 are taken, too. Raises `InputError` for a field that is
+    wrong, or that asks for what is not implemented.
     """
     path = Path(folder) / "config.json"
     if not Path(folder).is_dir():
         raise InputError(f"{folder}: no such folder, expected a Hugging Face Llama checkpoint")
     if not path.is_file():
         raise InputError(f"{path}: no such file, expected a Hugging Face Llama checkpoint")
-    config = config_from_dict(read_object(path), path)
+    values = read_object(path)
+    if quantized:
+        check_quantization(values, path)
+    config = config_from_dict(values, path)
     if torch.cuda.is_available() and (config.head_dim % 16 or config.head_dim > 128):
         raise InputError(
             f"{path}: head_dim is {config.head_dim}, expected a multiple of 16 up to 128, which is "

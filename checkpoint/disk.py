@@ -9,17 +9,25 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+
 from program.errors import InputError, one_line
 
 
 def checkpoint_bytes(model):
-    """Bytes of one resumable checkpoint of `model`."""
-    return 12 * sum(parameter.numel() for parameter in model.parameters())
+    """Bytes of one resumable checkpoint of `model`: of what is trained."""
+    return 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def model_bytes(model):
-    """Bytes of `model` as `save_hf` writes it."""
-    return 2 * sum(parameter.numel() for parameter in model.parameters())
+    """Bytes of `model` as `save_hf` writes it, with its adapters beside it, if it has any."""
+    size = 0
+    for name, parameter in model.named_parameters():
+        weights = parameter.numel() * (
+            2 if parameter.dtype == torch.uint8 else 1
+        )  # NF4: two a byte
+        size += weights * (6 if ".lora_" in name else 2)
+    return size
 
 
 def check_space(folder, model, checkpoints, exports=0):

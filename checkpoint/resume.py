@@ -14,12 +14,19 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from checkpoint.disk import checkpoint_bytes, explained
 from program.errors import InputError
 from program.files import digest, fsync, read_object
 from program.ranks import gather_lists, own_share, raise_together
+
+# The state of what is trained. Frozen weights are those of the folder that training started from.
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_run(folder, step, model, optimizer, keep, facts):
@@ -35,7 +42,7 @@ def save_run(folder, step, model, optimizer, keep, facts):
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         fsync(Path(folder) / "metrics.jsonl")  # the log must not be behind the state
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=TRAINED)
     try:
         # If it fails on one rank, it raises on all of them.
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
@@ -99,7 +106,7 @@ def resume_run(folder, model, optimizer, keep):
                     flush=True,
                 )
             continue
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=TRAINED)
         state = {"model": weights, "optimizer": moments}
         try:
             dcp.load(state, checkpoint_id=place)
@@ -111,6 +118,7 @@ def resume_run(folder, model, optimizer, keep):
             optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
+            options=TRAINED,
         )
         if dist.get_rank() == 0:
             drop_older(folder, place, keep)

@@ -53,6 +53,7 @@ OVERWRITTEN = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
+    "adapter",
 )
 
 

@@ -5,6 +5,9 @@
 
 A folder is written aside and renamed file by file, config.json last: where config.json is, the
 folder is complete.
+
+The shapes in a folder are those of a plain `Llama`. A module whose weight is not kept as the folder
+has it (adapters/lora.py) takes its rows by `load_rows` and gives them by `merged_rows`.
 """
 
 import hashlib
@@ -18,9 +21,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 
+from checkpoint.adapter_folder import adapter_tensors, write_adapter
 from checkpoint.config import read_config
 from checkpoint.disk import explained, model_bytes
+from checkpoint.quantized import BESIDE, check_nf4, is_quantized, read_nf4
 from checkpoint.resume import saved_runs
+from model import Llama
 from program.errors import InputError
 from program.files import digest, fsync
 from program.ranks import gather_lists, own_share, raise_together
@@ -31,13 +37,14 @@ FLOATS = ("F32", "F16", "BF16")
 SHARDS = -1  # the dimension of the mesh over which rows are given out; replicas are one before
 
 
-def find_tensors(model, folder):
-    """`{parameter name: file}` of an HF folder, after a check of all names, shapes and dtypes.
+def find_tensors(model, folder, quantized=False):
+    """`{tensor name: file}` of an HF folder, after a check of all names, shapes and dtypes.
 
     Only headers are read. Raises `InputError` with the missing, unexpected and misshapen tensors.
+    quantized: projections may be in NF4 (quantized.py checks those as it reads them).
     """
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    files, problems = {}, []
+    expected = plain_shapes(model.config)
+    files, problems, in_nf4 = {}, [], {}
     for path in weight_files(Path(folder)):
         try:
             with safe_open(path, "pt") as file:
@@ -45,12 +52,17 @@ def find_tensors(model, folder):
                     tensor = file.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     files[name] = path
+                    if quantized and name.endswith("_proj.weight") and dtype == "U8":
+                        in_nf4 |= {name + suffix: name for suffix in ("", *BESIDE)}
+                        continue
                     if name in expected and shape != expected[name]:
                         problems.append(f"{name} is {shape}, expected {expected[name]}")
                     if name in expected and dtype not in FLOATS:
                         problems.append(f"{name} is {dtype}, expected one of {', '.join(FLOATS)}")
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error})") from None
+    for name in {*in_nf4.values()}:
+        check_nf4(files, name, expected[name])
     problems += [f"{name} is missing" for name in expected if name not in files]
     # Old checkpoints hold the rotary frequencies, and those with tied embeddings the head again.
     unused = ("rotary_emb.inv_freq",)
@@ -59,6 +71,7 @@ def find_tensors(model, folder):
         f"{name} is unexpected"
         for name in files
         if not (name in expected or name.endswith(unused) or name == "lm_head.weight" and tied_head)
+        and name not in in_nf4
     ]
     if problems:
         more = f" … and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -71,7 +84,13 @@ def find_tensors(model, folder):
             " says tie_word_embeddings true, expected false (so transformers 5 reads it) or no "
             "lm_head.weight"
         )
-    return {name: files[name] for name in expected}
+    return {name: path for name, path in files.items() if name in expected or name in in_nf4}
+
+
+def plain_shapes(config):
+    """`{name: shape}` of the tensors of an HF folder, in the model's order."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
 
 
 def same_tensors(files, *names):
@@ -123,15 +142,20 @@ def load_hf(model, folder):
     tensor, so that only that tensor's pages are in memory. Raises `InputError` on every rank if a
     weight is not finite.
     """
-    files, problems = find_tensors(model, folder), []
-    for name, parameter in model.named_parameters():
+    quantized = any(parameter.dtype == torch.uint8 for parameter in model.parameters())
+    files, problems = find_tensors(model, folder, quantized), []
+    for name, shape in plain_shapes(model.config).items():
+        module, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
         local, first = local_rows(parameter.detach())
+        if is_quantized(files, name):
+            module.load_rows(read_nf4(files, name, shape), first)
+            continue
         with safe_open(files[name], "pt") as file:
             rows = file.get_slice(name)[first : first + len(local)]
             # The extremes of rows with a NaN are NaN. (`isfinite` is 20 times slower here.)
             if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():
                 problems.append(f"{files[name]}: {name} holds values that are not finite")
-            local.copy_(rows)
+            module.load_rows(rows, first) if hasattr(module, "load_rows") else local.copy_(rows)
     # If one rank's rows are bad, all ranks stop before rank 0 writes anything.
     for problem in gather_lists(problems) if dist.is_initialized() else problems:
         raise InputError(problem)
@@ -152,23 +176,21 @@ def save_hf(model, tokenizer, source, folder, longest=0):
     source: the HF folder that training started from, whose config.json is carried over. longest:
     the tokens of the longest sequence trained, which the saved model then takes. The ranks
     broadcast their rows in turn, one tensor after the other, so memory holds one block of rows.
-    Raises `RunError` on all ranks if the disk refuses.
+    A model with adapters is saved merged, and its adapters in `folder/adapter`. Raises `RunError`
+    on all ranks if the disk refuses.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    blocks = (block for parameter in model.parameters() for block in blocks_bf16(parameter))
-    failure = None
+    shapes = plain_shapes(model.config)
+    blocks = (block for name, shape in shapes.items() for block in blocks_bf16(model, name, shape))
+    adapter = adapter_tensors(model)
+    key, failure = weights_key(source) if adapter else None, None
     if dist.get_rank() == 0:
         partial = Path(folder) / "hf.partial"
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_tensors(shapes, blocks, partial)
-            save_tokenizer(tokenizer, source, partial, longest)
-            write_configs(tokenizer, Path(source), partial, longest)
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
-                os.replace(path, Path(folder) / path.name)
-            partial.rmdir()
-            fsync(folder)
+            if adapter:
+                write_adapter(adapter, model, source, key, partial / "adapter")
+            write_folder(shapes, blocks, tokenizer, Path(source), partial, Path(folder), longest)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             advice = "; a smaller --keep needs less" if len(saved_runs(folder)) > 1 else ""
@@ -176,6 +198,20 @@ def save_hf(model, tokenizer, source, folder, longest=0):
     for _ in blocks:  # the other ranks take part in the broadcasts, and so does a failed rank 0
         pass
     raise_together(failure, f"{folder}: the model could not be saved")
+
+
+def write_folder(shapes, blocks, tokenizer, source, partial, folder, longest=0):
+    """Write an HF folder in `partial`, of bf16 blocks as `write_tensors` takes them, and move all
+    that is in `partial` to `folder`."""
+    write_tensors(shapes, blocks, partial)
+    save_tokenizer(tokenizer, source, partial, longest)
+    write_configs(tokenizer, source, partial, longest)
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():  # adapters, where an earlier try may have put them already
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        os.replace(path, folder / path.name)
+    partial.rmdir()
+    fsync(folder)
 
 
 def write_tensors(shapes, blocks, folder):
@@ -216,9 +252,12 @@ def write_tensors(shapes, blocks, folder):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def blocks_bf16(parameter):
-    """The rows of a parameter in bf16, rank after rank; every rank gets all of them."""
-    local, _ = local_rows(parameter.detach())
+def blocks_bf16(model, name, shape):
+    """The rows of a weight in bf16, rank after rank; every rank gets all of them."""
+    module, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
+    local, first = local_rows(parameter.detach())
+    if hasattr(module, "merged_rows"):
+        local = module.merged_rows(first)
     if not isinstance(parameter, DTensor):
         yield local.to(torch.bfloat16)
         return
@@ -230,7 +269,7 @@ def blocks_bf16(parameter):
             block = local.to(torch.bfloat16)
         else:
             rows = min(chunk, len(parameter) - begin)
-            block = local.new_empty(rows, *local.shape[1:], dtype=torch.bfloat16)
+            block = local.new_empty(rows, *shape[1:], dtype=torch.bfloat16)
         dist.broadcast(block, rank)
         yield block
 
@@ -244,9 +283,9 @@ def write_configs(tokenizer, source, folder, longest=0):
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     special["pad_token_id"] = tokenizer.sp.piece_to_id(pad_token(tokenizer, source))
     config |= special | {"architectures": ["LlamaForCausalLM"], "use_cache": True}
-    if longest > read_config(source).max_position_embeddings:
+    if longest > read_config(source, quantized=True).max_position_embeddings:
         config["max_position_embeddings"] = int(longest)
-    for name in ("_name_or_path", "dtype", "auto_map"):
+    for name in ("_name_or_path", "dtype", "auto_map", "quantization_config"):
         config.pop(name, None)
     config["torch_dtype"] = "bfloat16"
     if config.get("rope_theta", 0) is None:  # means 10,000, but transformers 5 cannot compute it

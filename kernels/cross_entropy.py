@@ -71,8 +71,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, make_now, by_kernel):
         cross_entropy = cross_entropy_triton if by_kernel else cross_entropy_cpu
         ones = torch.ones(len(labels), device=hidden.device) if make_now else None
-        nll, d_hidden, d_weight = cross_entropy(hidden, weight, labels, ones)
-        ctx.make_now, ctx.by_kernel = make_now, by_kernel
+        ctx.make_now, ctx.by_kernel, ctx.trained = make_now, by_kernel, ctx.needs_input_grad[1]
+        nll, d_hidden, d_weight = cross_entropy(hidden, weight, labels, ones, ctx.trained)
         ctx.save_for_backward(*((d_hidden, d_weight) if make_now else (hidden, weight, labels)))
         return nll
 
@@ -80,18 +80,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_nll):
         if not ctx.make_now:
             cross_entropy = cross_entropy_triton if ctx.by_kernel else cross_entropy_cpu
-            return *cross_entropy(*ctx.saved_tensors, d_nll)[1:], None, None, None
+            gradients = cross_entropy(*ctx.saved_tensors, d_nll, ctx.trained)[1:]
+            return gradients[0], gradients[1] if ctx.trained else None, None, None, None
         # Checked without asking the device for the answer: a broken promise turns into NaN, on
         # which the training loop stops. (The sum of one element, or of none where N = 0.)
         uniform = (d_nll == d_nll[:1]).all()
         scale = torch.where(uniform, d_nll[:1].sum(), torch.nan)
         # In place: a second backward pass through the same loss is not possible.
         d_hidden, d_weight = (x.mul_(scale.to(x.dtype)) for x in ctx.saved_tensors)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight if ctx.trained else None, None, None, None
 
 
-def cross_entropy_cpu(hidden, weight, labels, d_nll=None):
-    """nll (N,), and for d_nll (N,) the gradients of hidden and weight (else None, None)."""
+def cross_entropy_cpu(hidden, weight, labels, d_nll=None, trained=True):
+    """nll (N,), and for d_nll (N,) the gradients of hidden and weight (else None, None).
+
+    trained: a weight that is not gets an empty gradient, and its product is not computed.
+    """
     exact = torch.promote_types(hidden.dtype, torch.float32)
     h, w = hidden.to(exact), weight.to(exact)
     (N, E), V = h.shape, len(w)
@@ -99,7 +103,7 @@ def cross_entropy_cpu(hidden, weight, labels, d_nll=None):
     workspace = h.new_empty(min(rows, N), V)
     nll, d_hidden, d_weight = h.new_empty(N), None, None
     if d_nll is not None:
-        d_hidden, d_weight = h.new_empty(N, E), torch.zeros_like(w)
+        d_hidden, d_weight = h.new_empty(N, E), w.new_zeros((V, E) if trained else 0)
     for i in range(0, N, rows):
         here = slice(i, min(i + rows, N))
         label = labels[here, None]
@@ -113,7 +117,8 @@ def cross_entropy_cpu(hidden, weight, labels, d_nll=None):
             z.scatter_(1, label, -others)  # (2) without g / total, which rows of E, not V, get
             scale = d_nll[here, None].to(exact) / total
             d_hidden[here] = (z @ w) * scale  # (3)
-            d_weight.addmm_(z.T, h[here] * scale)  # (3)
+            if trained:
+                d_weight.addmm_(z.T, h[here] * scale)  # (3)
     if d_nll is not None:
         d_hidden, d_weight = d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
     return nll, d_hidden, d_weight
@@ -169,14 +174,15 @@ def softmax_block(V):
 
 @torch.library.custom_op("tulu::cross_entropy", mutates_args=())
 def cross_entropy_op(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, d_nll: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, d_nll: torch.Tensor | None,
+    trained: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """nll, and for d_nll (N,) the gradients of hidden and weight (else two empty tensors)."""
-    nll, d_hidden, d_weight = losses_and_sums(hidden, weight, labels, d_nll)
+    nll, d_hidden, d_weight = losses_and_sums(hidden, weight, labels, d_nll, trained)
     return nll, d_hidden, d_weight.to(weight.dtype)  # by now the workspace is freed
 
 
-def losses_and_sums(hidden, weight, labels, d_nll):
+def losses_and_sums(hidden, weight, labels, d_nll, trained):
     """As `cross_entropy_op`, chunk by chunk; the gradient of weight is a sum in fp32."""
     (N, E), V = hidden.shape, len(weight)
     padded = triton.cdiv(V, 64) * 64  # so that rows begin where wide accesses may
@@ -198,9 +204,10 @@ def losses_and_sums(hidden, weight, labels, d_nll):
         )  # fmt: skip
         if gradient:
             torch.mm(d_logits, weight, out=d_hidden[i : i + rows])  # (3)
-            d_weight = product(d_logits.T, h, add_to=d_weight)  # (3)
+            if trained:
+                d_weight = product(d_logits.T, h, add_to=d_weight)  # (3)
     if d_weight is None:  # no gradient is asked for, or there are no tokens
-        d_weight = weight.new_zeros((V, E) if gradient else 0)
+        d_weight = weight.new_zeros((V, E) if gradient and trained else 0)
     return nll, d_hidden, d_weight
 
 
@@ -215,15 +222,16 @@ def product(a, b, out=None, add_to=None):
 
 
 @cross_entropy_op.register_fake
-def _(hidden, weight, labels, d_nll):
+def _(hidden, weight, labels, d_nll, trained=True):
     nll = hidden.new_empty(len(hidden), dtype=torch.float32)
     if d_nll is None:
         return nll, hidden.new_empty(0), weight.new_empty(0)
-    return nll, torch.empty_like(hidden), torch.empty_like(weight)
+    return nll, torch.empty_like(hidden), weight.new_empty(weight.shape if trained else 0)
 
 
-def cross_entropy_triton(hidden, weight, labels, d_nll=None):
+def cross_entropy_triton(hidden, weight, labels, d_nll=None, trained=True):
     """As `cross_entropy_cpu`, by the kernel."""
     if d_nll is not None:
         d_nll = d_nll.float().contiguous()
-    return cross_entropy_op(hidden.contiguous(), weight.contiguous(), labels.contiguous(), d_nll)
+    tensors = (x.contiguous() for x in (hidden, weight, labels))
+    return cross_entropy_op(*tensors, d_nll, trained)

@@ -36,6 +36,9 @@ BOUNDS = {
     "recompute": (0, math.inf),
     "replicas": (1, math.inf),
     "seed": (0, 2**63),
+    "lora_rank": (0, math.inf),
+    "lora_alpha": (0, math.inf),
+    "lora_dropout": (0, 1),
     "show": (0, math.inf),
     "slots": (1, math.inf),
     "context": (0, math.inf),
@@ -45,11 +48,10 @@ BOUNDS = {
     "max_new_tokens": (1, math.inf),
     "gpus": (1, math.inf),
     "price": (0, math.inf),
-    "lora_rank": (0, math.inf),
-    "lora_dropout": (0, 1),
 }
 # Bounds that are not allowed.
 EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "eval_share": 1, "top_p": 0}
+EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1}
 
 # What a flag that is a word may say.
 WORDS = {"dtype": ("bfloat16", "float32"), "too_long": ("cut", "drop", "error")}

@@ -178,6 +178,21 @@ def base(tmp_path_factory, tokenizer_folder):
 
 
 @pytest.fixture(scope="session")
+def wide(tmp_path_factory, tokenizer_folder):
+    """Folder of a random Llama in fp32 of which NF4 takes all widths, written by transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 361}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    folder = tmp_path_factory.mktemp("wide") / "base"
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, rms_norm_eps=1e-5, initializer_range=0.1))
+    model.save_pretrained(folder)
+    shutil.copy(tokenizer_folder / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def lively(tmp_path_factory, base):
     """`base` with matrices six times as large: its greedy answers vary with the prompt."""
     folder = tmp_path_factory.mktemp("lively")

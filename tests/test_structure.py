@@ -14,7 +14,7 @@ FLOORS = [
     {"program", "kernels"},
     {"model", "tokens"},
     {"data", "checkpoint"},
-    {"planning"},
+    {"planning", "adapters"},
     {"training", "decoding", "tulu_mixture"},
     {"demo"},
     {"evals"},

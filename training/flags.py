@@ -7,6 +7,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class LoRAFlags:
+    """LoRA and QLoRA: small adapters are trained, the model's own weights stay.
+
+    Tulu 2's QLoRA models: --lora-rank 64 --quantize nf4 --lr 1e-4 --epochs 5 --max-seq-len 4096.
+    """
+
+    lora_rank: int = 0  # of the adapters of all projections of the blocks (0: train all weights)
+    lora_alpha: float = 16.0  # what an adapter adds is scaled by alpha / rank
+    lora_dropout: float = 0.1  # share of an adapter's inputs that is dropped in training
+    quantize: str | None = None  # nf4: the projections' own weights in 4 bits
+
+
+@dataclass(frozen=True)
 class RunFlags:
     """How the run is carried out."""
 

@@ -37,9 +37,13 @@ def shard(model, config, device, reshard=None):
         if reshard is None:
             # A rank that holds all weights keeps its 16-bit copy, instead of casting it twice.
             reshard = world > config.replicas
+        # Weights that are not trained (adapters/) are in `dtype` already: where a rank holds all of
+        # them, FSDP would keep a second copy.
+        whole = world == config.replicas
         fsdp = {
             "mesh": mesh_of_ranks(device, world, config.replicas),
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+            "ignored_params": {p for p in model.parameters() if whole and not p.requires_grad},
         }
         for block in layers:
             fully_shard(block, reshard_after_forward=reshard, **fsdp)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adapters.dropout import Dropout
+from adapters.lora import put_in
 from checkpoint.config import read_config
 from checkpoint.resume import remove_checkpoints
 from checkpoint.run_folder import (
@@ -49,6 +51,7 @@ class Run:
     model: Llama  # on the meta device: it has no memory yet
     documents: Documents  # what is trained
     held_out: Documents | None  # what the loss is measured on besides
+    dropout: Dropout  # of the adapters, if there are any; the loop tells it each update's number
     per_epoch: int  # updates
     total: int  # updates of the schedule
     last: int  # the update after which --max-steps, or the schedule, ends the run
@@ -69,14 +72,15 @@ def open_run(config, device, encode_record, pairs=False):
     check_flags(config)
     check_trackers(config)
     out, rank = Path(config.out), dist.get_rank()
-    model_config = read_config(config.model)
+    model_config = read_config(config.model, quantized=config.quantize is not None)
     check_layout(model_config, layout_of(config))
     tokenizer = Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
     as_text = check_tokenizer(tokenizer, config.model)
     with torch.device("meta"):
         model = Llama(model_config)
-    find_tensors(model, config.model)
+    dropout = put_in(model, config)
+    find_tensors(model, config.model, quantized=config.quantize is not None)
     facts = run_facts(config)
     if rank == 0:
         check_output(out, facts, model, last=config.max_steps or math.inf)
@@ -86,10 +90,10 @@ def open_run(config, device, encode_record, pairs=False):
     last = min(total, config.max_steps or total)
     run = Run(
         config, reshard, out, out / "metrics.jsonl", tokenizer, model, documents, held_out,
-        per_epoch, total, last, facts, trackers=[], lock=None,
+        dropout, per_epoch, total, last, facts, trackers=[], lock=None,
     )  # fmt: skip
     facts["data"] = documents.key
-    if pairs:
+    if pairs or config.lora_rank:
         facts["weights"] = weights_key(config.model)
     if rank == 0:
         # Now that the data are known: that of a signal, and those of --save-every.

@@ -29,9 +29,10 @@ def learning_rate(step, total, peak, warmup_ratio):
 
 
 def make_optimizer(model, config):
-    """AdamW over all parameters; the moments are fp32, as the parameters (EasyLM optimizers.py)."""
+    """AdamW over all that is trained; the moments are fp32, as the parameters are (EasyLM
+    optimizers.py)."""
     return torch.optim.AdamW(
-        model.parameters(),
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=1e-8,

@@ -52,7 +52,7 @@ def test_kernels_rehearsal(tmp_path):
     results = json.loads((tmp_path / "kernels.json").read_text())
     assert {"date", "command", "commit", "device", "versions"} <= results.keys()
     assert len(results["attention"]) == 3 * len(kernels.ATTENTION)
-    for row in results["attention"] + results["cross_entropy"]:
+    for row in results["attention"] + results["cross_entropy"] + results["nf4"]:
         assert ("ms" in row) != bool(row.get("skipped")), row
     if torch.cuda.is_available():
         return
@@ -76,7 +76,7 @@ def test_one_failure_does_not_end_the_comparison(tmp_path, monkeypatch, capsys):
     assert all("ms" in row for row in rows if row["provider"].startswith("ours"))
     kernels.main(["--toy", "--minutes", "0", "--out", str(path)])
     results = json.loads(path.read_text())
-    every = results["attention"] + results["cross_entropy"]
+    every = results["attention"] + results["cross_entropy"] + results["nf4"]
     assert every and all(row["skipped"] == "out of time" for row in every)
     capsys.readouterr()
     bench.main(["table", str(path)])
@@ -106,6 +106,7 @@ def test_aims():
             loss
             | {"provider": "ours, uniform", "ms": 22.0, "peak_mib": 1000, "gradients_mib": 378},
         ],
+        "nf4": [{"N": 11008, "K": 4096, "provider": "ours", "ms": 0.04, "tb_per_s": 2.8}],
     }
     verdicts = [line.split(":")[0] for line in table.aims(results)[1:]]
     assert verdicts == [
@@ -115,8 +116,9 @@ def test_aims():
         "reached  packed 490, both ways, over the best of the others",
         "reached  loss, N 16384, over three products",
         "missed   loss, N 16384, MiB",
+        "reached  NF4, 11008 x 4096, TB/s",
     ]
-    assert table.aims(results | {"attention": [], "cross_entropy": []}) == [""]
+    assert table.aims(results | {"attention": [], "cross_entropy": [], "nf4": []}) == [""]
 
 
 @pytest.mark.kernel

@@ -89,7 +89,7 @@ def test_without_gradients_none_are_made(monkeypatch):
     hidden, weight, labels, _ = make_inputs(5, 11, 3, torch.float32)
     asked = []
 
-    def spy(h, w, y, d_nll=None):
+    def spy(h, w, y, d_nll=None, trained=True):
         asked.append(d_nll)
         return h.new_zeros(len(y)), None, None
 
@@ -263,3 +263,20 @@ def test_on_a_gpu_working_memory_is_bounded():
     linear_cross_entropy(hidden, weight, labels, uniform_gradient=True)
     gradients = 2 * (hidden.numel() + weight.numel())
     assert torch.cuda.max_memory_allocated() - before - gradients < 600 << 20
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_head_that_is_not_trained_costs_no_product(uniform):
+    """The losses and the gradient of hidden are the same; the weight gets none."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(37, 16, generator=generator).to(device)
+    labels = torch.randint(37, (9,), generator=generator).to(device)
+    for loss in (linear_cross_entropy, linear_cross_entropy_triton):
+        results = []
+        for w in (weight.clone().requires_grad_(), weight):
+            nll = loss(hidden, w, labels, uniform_gradient=uniform)
+            results.append((nll.detach(), *torch.autograd.grad(nll.sum() * 3, hidden)))
+        assert all(map(torch.equal, *results))

@@ -91,6 +91,28 @@ def compile_softmax(arch, dtype, gradient, V):
     return dict(kernel="softmax_kernel", arch=arch, dtype=dtype, gradient=gradient, V=V) | need
 
 
+def compile_nf4(arch, dtype):
+    """The kernel that decodes NF4."""
+    from kernels import nf4
+
+    pointers = dict(codes="u8", absmax="u8", nested="fp32", offset="fp32", C="fp32", S="fp32")
+    pointers["out"] = dtype
+    options = {"num_warps": nf4.KERNEL_WARPS, "enable_fp_fusion": False}
+    constants = {"BLOCKS": nf4.KERNEL_BLOCKS}
+    need, ptx = compile_kernel(
+        nf4.dequantize_kernel,
+        constants,
+        pointers | {"out": dtype},
+        {"blocks": False},
+        arch,
+        options,
+    )
+    need["fused"] = len(re.findall(r"\bfma\.", ptx))
+    need["wide_stores"] = len(re.findall(r"st\.global\.v4\.b32", ptx))
+    need["stores"] = len(re.findall(r"st\.global", ptx))
+    return dict(kernel="dequantize_kernel", arch=arch, dtype=dtype) | need
+
+
 def print_table():
     """One JSON line per kernel, chip and configuration."""
     # Rows of documents, and of pairs; for dk and dv both are the same walk.
@@ -103,6 +125,11 @@ def print_table():
             for dtype in ("bf16", "fp16", "fp32")
             for gradient in (True, False)
             for V in (32000, 1000)
+        ]
+        rows += [
+            pool.submit(compile_nf4, arch, dtype)
+            for arch in SHARED_MEMORY
+            for dtype in ("bf16", "fp16", "fp32")
         ]
         rows += [
             pool.submit(compile_attention, name, arch, holes, *shape)
@@ -152,3 +179,10 @@ def test_logits_move_sixteen_bytes_at_a_time(table):
 
 if __name__ == "__main__":
     print_table()
+
+
+def test_nf4_is_decoded_without_fused_multiply_adds_and_stored_sixteen_bytes_at_a_time(table):
+    """Fused, a scale would have other bits than torch's; and decoding is bound by its stores."""
+    rows = [row for row in table if row["kernel"] == "dequantize_kernel"]
+    assert len(rows) == 2 * 3
+    assert [row for row in rows if row["fused"] or row["wide_stores"] < row["stores"]] == []

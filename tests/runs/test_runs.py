@@ -81,6 +81,19 @@ def test_code_tulu_2(start, tmp_path, size):
     assert config.out.endswith(size)
 
 
+@pytest.mark.parametrize("size", ["7b", "13b", "70b"])
+def test_qlora(start, tmp_path, size):
+    """SFT alone, with the settings of the paper's QLoRA models."""
+    done, commands = start("qlora.sh", size, "llama", "mix.jsonl")
+    assert done.returncode == 0, done.stderr
+    ((_, program, config),) = map(split, commands)
+    assert program == "sft.py" and config.model == str(tmp_path / "llama")
+    assert (config.lora_rank, config.lora_alpha, config.lora_dropout) == (64, 16, 0.1)
+    assert (config.quantize, config.weight_decay, config.warmup_ratio) == ("nf4", 0, 0.03)
+    assert (config.epochs, config.batch_size, config.max_seq_len, config.lr) == (5, 128, 4096, 1e-4)
+    assert config.out.endswith(f"qlora-{size}")
+
+
 def test_started_again(start):
     """A stage that failed runs again; SFT does not run again once it is done."""
     arguments = ("tulu2.sh", "7b", "llama", "mix", "prefs")
@@ -92,7 +105,7 @@ def test_started_again(start):
     assert [split(c)[1] for c in commands] == ["dpo.py"]
 
 
-@pytest.mark.parametrize("script", ["tulu2.sh", "code_tulu2.sh"])
+@pytest.mark.parametrize("script", ["tulu2.sh", "code_tulu2.sh", "qlora.sh"])
 def test_bad_arguments(start, script):
     """Too few arguments or an unknown size: one line, status 2, nothing started."""
     for arguments in ((), ("7b",), ("7b", "llama"), ("8b", "llama", "mix", "prefs")):

@@ -25,6 +25,7 @@ class Pairs:
 
     lengths = np.random.default_rng(0).integers(3, 40, (23, 2))
     trained_counts = lengths // 3
+    tokens, squares = lengths.sum(1), (lengths**2).sum(1)
 
     def __len__(self):
         return len(self.lengths)
@@ -48,7 +49,7 @@ def the_longest_row():
         for step in range(config.max_steps or 12):
             _, members = update_members(23, 5, 42, step)
             pairs = documents.lengths[members].sum(1)
-            plan = plan_rows(pairs, world, 150, 64)
+            plan = plan_rows(pairs, world, 150, 64, documents.squares[members])
             rows.append(len(plan[0]))
             for row in (row for rows_of_rank in plan for row in rows_of_rank):
                 tokens.append(pairs[row].sum())

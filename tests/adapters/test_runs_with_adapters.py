@@ -1,0 +1,111 @@
+"""Whole runs with adapters: rows, ranks, types, recomputation, resuming, DPO, and bad flags."""
+
+import math
+import signal
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+
+from conftest import updates
+from harm import LAST, LOG, harmed, recipe
+
+QLORA = {"lora_rank": 4, "quantize": "nf4", "lora_dropout": 0.2}
+
+
+@pytest.fixture(scope="module")
+def whole(wide, conversations, tmp_path_factory):
+    """A run of QLoRA that nothing befell."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert harmed(recipe(wide, conversations, out) | QLORA) == 0
+    return out
+
+
+def same(one, other):
+    """The names of the tensors that differ between two runs' adapters and models."""
+    names = ("adapter/adapter_model.safetensors", "model.safetensors")
+    return [n for n in names if (one / n).read_bytes() != (other / n).read_bytes()]
+
+
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_run_that_was_interrupted_ends_bit_for_bit_as_if_it_was_not(
+    whole, wide, conversations, tmp_path, harm
+):
+    """With dropout, of which no state is kept; checkpoints hold what is trained and no more."""
+    flags = recipe(wide, conversations, tmp_path / "out") | QLORA | {"save_every": 2}
+    assert harmed(flags, harm, at=5, calls=[LOG]) != 0
+    newest = max((tmp_path / "out" / "checkpoints").iterdir())
+    kept = FileSystemReader(newest).read_metadata().state_dict_metadata
+    tensors = [name for name, facts in kept.items() if getattr(facts, "size", None)]
+    assert len(tensors) == 3 * 28  # A or B and its two moments, on fourteen projections
+    assert all(".lora_" in name for name in tensors)
+    assert harmed(flags) == 0
+    assert len(updates(tmp_path / "out")) == LAST
+    assert same(tmp_path / "out", whole) == []
+
+
+@pytest.mark.parametrize(
+    "changes, ranks",
+    [({"micro_tokens": 700}, 1), ({"micro_tokens": 900}, 3), ({"recompute": True}, 1)],
+    ids=["rows", "ranks", "recompute"],
+)
+def test_layout_changes_nothing_but_rounding(whole, wide, conversations, tmp_path, changes, ranks):
+    """With dropout: a document draws the same in any row, on any rank. Recomputed, bit for bit."""
+    flags = recipe(wide, conversations, tmp_path / "out") | QLORA | {"max_steps": 4}
+    assert harmed(flags | changes, ranks=ranks) == 0
+    for record, other in zip(updates(tmp_path / "out"), updates(whole), strict=False):
+        rel = 0 if "recompute" in changes else 1e-4
+        assert record["loss"] == pytest.approx(other["loss"], rel=rel)
+        assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * rel)
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"], ids=str)
+def test_two_ranks_in_bf16_train_as_one_does(wide, conversations, tmp_path, quantize):
+    """One rank keeps frozen weights to itself, two shard them: bf16's rounding apart."""
+    losses = []
+    for ranks in (1, 2):
+        flags = recipe(wide, conversations, tmp_path / str(ranks)) | QLORA
+        flags |= {"quantize": quantize, "dtype": "bfloat16", "max_steps": 4}
+        assert harmed(flags, ranks=ranks) == 0
+        losses.append([record["loss"] for record in updates(tmp_path / str(ranks))])
+    assert losses[0] == pytest.approx(losses[1], rel=2**-8)  # means of hundreds of bf16 results
+    assert losses[0][3] < losses[0][0] - 0.05
+
+
+def test_dpos_reference_is_the_model_without_adapters(wide, preferences, tmp_path, monkeypatch):
+    """The first loss is ln 2, on two ranks, quantised; resumed, the reference is still the base."""
+    flags = {"model": str(wide), "data": [str(preferences)], "batch_size": 5, "lr": 1e-2}
+    flags |= QLORA | {"epochs": 2, "warmup_ratio": 0.0, "save_every": 1}
+    first = flags | {"out": str(tmp_path / "whole")}
+    assert harmed(first, program="dpo") == 0
+    losses = [record["loss"] for record in updates(tmp_path / "whole")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(losses[-1] - losses[0]) > 1e-3
+    for path in preferences.parent.glob("*.reference-*"):
+        path.unlink()
+    again = flags | {"out": str(tmp_path / "again")}
+    assert harmed(again, signal.SIGKILL, at=4, calls=[("dpo", "append_record")], program="dpo") != 0
+    for path in preferences.parent.glob("*.reference-*"):
+        path.unlink()
+    assert harmed(again, program="dpo") == 0
+    assert same(tmp_path / "again", tmp_path / "whole") == []
+    two = flags | {"out": str(tmp_path / "two")}
+    assert harmed(two, program="dpo", ranks=2) == 0
+    assert [r["loss"] for r in updates(tmp_path / "two")] == pytest.approx(losses, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"quantize": "nf4"}, "--quantize nf4 without --lora-rank"),
+        ({"quantize": "int8", "lora_rank": 4}, "--quantize is int8, expected nf4"),
+        ({"lora_rank": 17}, "--lora-rank is 17, expected at most 16"),
+        ({"lora_rank": -1}, "--lora-rank is -1, expected an integer from 0 up"),
+        ({"lora_rank": 4, "lora_alpha": 0.0}, "--lora-alpha is 0.0, expected a number from 0 up"),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, "--lora-dropout is 1.0, expected"),
+        ({"lora_rank": 4, "quantize": "nf4"}, "hidden_size is 32, expected a multiple of 64"),
+    ],
+    ids=["rank 0", "int8", "above", "negative", "alpha", "dropout", "width"],
+)
+def test_bad_flags(refused, flags, message):
+    """By name, before anything is written; the base's narrowest projection has 16 rows."""
+    assert message in refused(**flags)
