@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import model as model_file
 from benchmarks.measure import write
 from kernels.attention import attention_triton
+from kernels.attention_tiles import TILE
 from kernels.cross_entropy import linear_cross_entropy_triton
 from plan import read_model
 from planning.fit import fastest
@@ -149,12 +150,14 @@ def tracked_peak(case):
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         ids, doc_start = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens).int()
         predict = torch.zeros(tokens // 2, dtype=torch.int64)
+        tiles = torch.zeros(2, -(-tokens // TILE), 4, dtype=torch.int32)
+        row = {"labels": predict, "uniform_gradient": True, "tiles": tiles}
         tracker = FSDPMemTracker(model, optimizer)
         tracker.track_inputs((ids, doc_start, predict))
         with tracker:
             for _ in range(2):
                 for _ in range(rows):
-                    nll = model(ids, doc_start, predict, labels=predict, uniform_gradient=True)
+                    nll = model(ids, doc_start, predict, **row)
                     nll.sum().backward()
                     tracker.reset_mod_stats()
                 optimizer.step()

@@ -119,7 +119,7 @@ def kept(config, layout):
     E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
     H, Hk = config.num_attention_heads, config.num_key_value_heads
     T, b = layout.row_tokens, layout.width
-    attention = b * T * (2 * H * D + 2 * Hk * D) + 4 * H * -(-T // 128) * 128
+    attention = b * T * (2 * H * D + 2 * Hk * D) + 4 * H * T
     rest = b * T * (4 * E + 3 * F) if layout.compile else b * T * (4 * E + 4 * F) + 8 * T * E
     return attention + rest + 8 * T + adapter_activations(config, layout)
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.plan import GPU_RESULTS, TRACKED, computed, computed_peak, measured, tracked_peak
 from harm import FORKS
-from kernels.attention import attention_triton, document_ends
+from kernels.attention import attention_triton, tiles_on_device
 from model import Block, LlamaConfig, rotary_angles
 from plan import SIZES, read_model
 from planning.memory import GIB, Layout, kept, loss_bytes, memory, moments, peak, weights
@@ -64,9 +64,8 @@ def saved_bytes(config, T, recomputed=False):
     blocks share (rotary angles, documents); each storage once."""
     block = Block(config).to(torch.bfloat16)
     doc_start = torch.zeros(T, dtype=torch.int32)
-    attend = functools.partial(
-        attention_triton, doc_start=doc_start, doc_end=document_ends(doc_start)
-    )
+    tiles = tiles_on_device(doc_start)
+    attend = functools.partial(attention_triton, doc_start=doc_start, tiles=tiles)
     forward, graphs = block.forward, []
     if recomputed:
         forward = functools.partial(checkpoint, forward, use_reentrant=False)
@@ -87,7 +86,7 @@ def saved_bytes(config, T, recomputed=False):
     cos, sin = rotary_angles(torch.arange(T), config, torch.bfloat16)
     torch.compile(forward, dynamic=True, backend=backend)(x, cos, sin, attend)
     outputs = graphs[0].graph.output_node().args[0]
-    shared = {tuple(p.shape) for p in block.parameters()} | {tuple(cos.shape), (T,)}
+    shared = {tuple(p.shape) for p in block.parameters()} | {tuple(cos.shape), tuple(tiles.shape), (T,)}
     sizes = {}
     for node in outputs[1:]:
         value = node.meta["val"]

@@ -193,8 +193,8 @@ def replicas(count):
     # fp32 norms of tensors of up to 6,144 numbers: some roundings more.
     assert clip_norm == pytest.approx(squares**0.5, rel=1e-5)
     # What is saved comes from the first replica, and every rank gets it.
-    for number, parameter in enumerate(model.parameters()):
-        rows = torch.cat(list(blocks_bf16(parameter)))
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        rows = torch.cat(list(blocks_bf16(model, name, parameter.shape)))
         assert torch.equal(rows, weights(number, parameter.shape).bfloat16())
 
 
