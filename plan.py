@@ -31,7 +31,7 @@ from tokens import readers
 from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation, encode_pair
 from tokens.shapes import FIELDS, is_pair
-from training.flags import RunFlags
+from training.flags import DataFlags, LoRAFlags, OutputFlags, RunFlags
 
 # Layers, E, F, H, Hk, V and rope_theta: the table in model.py.
 SIZES = {
@@ -60,11 +60,10 @@ class Ignored:
     beta2: float | None = None  # of AdamW
     clip: float | None = None  # largest global norm of the gradients
     beta: float | None = None  # how strongly DPO's reference holds
-    lora_alpha: float | None = None  # the adapters' scale is alpha / rank
 
 
 @dataclass(frozen=True)
-class PlanConfig(Ignored, RunFlags):
+class PlanConfig(Ignored, RunFlags, DataFlags, OutputFlags, LoRAFlags):
     """What is planned."""
 
     model: str | None = None  # a Hugging Face folder, or one of 7b, 13b, 34b, 70b
@@ -80,11 +79,6 @@ class PlanConfig(Ignored, RunFlags):
     max_seq_len: int = 8192  # tokens; a longer conversation is cut on the right
     micro_tokens: int = 16384  # most tokens in one forward pass of one rank
     seed: int = 42  # of the order of the data
-    recompute: int | None = None  # last N blocks run again in backward (default: the fewest)
-    replicas: int = 1  # groups of ranks, each of which holds the whole model once (HSDP)
-    lora_rank: int = 0  # of the adapters (0: all weights are trained)
-    lora_dropout: float = 0.1  # on the adapters' input
-    quantize: str | None = None  # nf4: the frozen projections in 4 bits, with --lora-rank
 
 
 def main(flags):

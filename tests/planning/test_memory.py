@@ -86,7 +86,7 @@ def saved_bytes(config, T, recomputed=False):
     cos, sin = rotary_angles(torch.arange(T), config, torch.bfloat16)
     torch.compile(forward, dynamic=True, backend=backend)(x, cos, sin, attend)
     outputs = graphs[0].graph.output_node().args[0]
-    shared = {tuple(p.shape) for p in block.parameters()} | {tuple(cos.shape), tuple(tiles.shape), (T,)}
+    shared = {tuple(x.shape) for x in (*block.parameters(), cos, tiles)} | {(T,)}
     sizes = {}
     for node in outputs[1:]:
         value = node.meta["val"]
