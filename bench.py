@@ -2,6 +2,7 @@
 
     python bench.py sft [flags]        prints its figures and writes results/sft.json
     python bench.py sft --help         lists the flags of that benchmark
+    python bench.py gpu --minutes 9    what matters most on a GPU, in the time that there is
 
 plot.py draws the files of results/.
 """
@@ -16,7 +17,9 @@ from program.errors import InputError, reported
 
 def main(arguments):
     files = {path.stem for path in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py")}
-    names = sorted(files - {"inputs", "loops", "measure", "trl_trainer"})  # what they share
+    names = sorted(
+        files - {"inputs", "loops", "measure", "summary", "trl_trainer"}
+    )  # what they share
     name = arguments[0] if arguments else "nothing"
     if name not in names:
         raise InputError(f"bench.py: found {name}, expected one of {', '.join(names)}")
