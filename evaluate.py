@@ -57,6 +57,9 @@ class EvalConfig:
     tasks: list[str] | None = None  # benchmarks to run (default: demo)
     data: str | None = None  # folder that holds a folder of published files for each task
     out: str = "runs/eval/results.json"  # scores; every prompt and answer in .jsonl beside it
+    truth_judge: str | None = None  # folder of a Llama that judges TruthfulQA's answers: true?
+    info_judge: str | None = None  # folder of a Llama that judges them: informative?
+    judge: str | None = None  # folder of a Llama that judges for AlpacaEval and MT-Bench
     full: bool = False  # ask all items, also where the paper drew a sample
     chat: bool = True  # ask in Tulu's chat format; --no-chat for a base model
     mmlu_shots: int = 0  # examples before an MMLU question (the paper reports 0; 5 is usual)
@@ -64,9 +67,6 @@ class EvalConfig:
     context: int = 0  # maximum tokens of prompt and answer together (0: the model's limit)
     seed: int = 42  # of the samples of items and of tokens
     dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
-    truth_judge: str | None = None  # folder of a Llama that judges TruthfulQA's answers: true?
-    info_judge: str | None = None  # folder of a Llama that judges them: informative?
-    judge: str | None = None  # folder of a Llama that judges for AlpacaEval and MT-Bench
 
 
 # Table 1 of the paper (percent; arXiv 2311.10702v2), and TruthfulQA from table 2, which leaves out

@@ -119,7 +119,7 @@ class GPUBenchConfig:
     """Flags of `python bench.py gpu`."""
 
     minutes: float = 9.0  # for all of it
-    parts: list[str] | None = None  # only these, by name (default: all, by value)
+    tasks: list[str] | None = None  # only these parts, by name (default: all, by value)
     out: str = "runs/gpu"  # folder of the results
     toy: bool = False  # tiny models, to rehearse on CPU
 
@@ -139,9 +139,9 @@ def main(arguments):
         os.environ.setdefault("TRITON_INTERPRET", "1")
     parts = plan(gib, config.toy)
     names = [part.name for part in parts]
-    if unknown := set(config.parts or ()) - set(names):
-        raise InputError(f"--parts: found {min(unknown)}, expected some of {', '.join(names)}")
-    parts = [part for part in parts if not config.parts or part.name in config.parts]
+    if unknown := set(config.tasks or ()) - set(names):
+        raise InputError(f"--tasks: found {min(unknown)}, expected some of {', '.join(names)}")
+    parts = [part for part in parts if not config.tasks or part.name in config.tasks]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder, end = Path(config.out), began + 60 * config.minutes
     folder.mkdir(parents=True, exist_ok=True)

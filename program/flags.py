@@ -59,7 +59,7 @@ MAY_CHANGE_ON_RESUME = {
 MAY_BE_EMPTY = {"prompt", "system"}  # texts
 
 # What --help calls the values of a list that does not hold paths.
-METAVARS = {"tasks": "TASK", "parts": "NAME", "stop": "TEXT", "sources": "NAME"}
+METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME"}
 
 
 def parse_args(config_class, argv=None):

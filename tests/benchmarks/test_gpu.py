@@ -146,8 +146,8 @@ def test_bad_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu.subprocess, "run", lambda *a, **k: Answer("[null, 0]"))
     with pytest.raises(InputError, match="found no GPU"):
         gpu.main(["--out", str(tmp_path / "out")])
-    with pytest.raises(InputError, match="--parts: found nope, expected some of tests, step"):
-        gpu.main(["--toy", "--parts", "nope", "--out", str(tmp_path / "out")])
+    with pytest.raises(InputError, match="--tasks: found nope, expected some of tests, step"):
+        gpu.main(["--toy", "--tasks", "nope", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
     (tmp_path / "gpu.json").write_text("{}")
     with pytest.raises(InputError, match="holds the results of another run"):

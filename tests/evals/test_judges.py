@@ -87,6 +87,8 @@ def test_grades_of_mt_bench(text, value):
 class Scripted:
     """A stand-in for `TextGenerator` that answers a prompt with `answer(its text)`."""
 
+    most = 16  # sequences at a time
+
     def __init__(self, tokenizer, answer):
         self.tokenizer, self.answer, self.asked = tokenizer, answer, []
 
