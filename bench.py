@@ -17,9 +17,7 @@ from program.errors import InputError, reported
 
 def main(arguments):
     files = {path.stem for path in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py")}
-    names = sorted(
-        files - {"inputs", "loops", "measure", "summary", "trl_trainer"}
-    )  # what they share
+    names = sorted(files - {"inputs", "loops", "measure", "trl_trainer"})  # what they share
     name = arguments[0] if arguments else "nothing"
     if name not in names:
         raise InputError(f"bench.py: found {name}, expected one of {', '.join(names)}")

@@ -1,4 +1,13 @@
-"""What `bench.py gpu` prints: its plan, a line for each part, and the table at the end."""
+"""What `bench.py gpu` prints: its plan, a line for each part, and the table at the end.
+
+`python bench.py summary DIR` prints the table again, from the gpu.json of that folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from program.errors import InputError
 
 
 def plan_lines(parts, begin, end):
@@ -108,3 +117,13 @@ HEADLINES = {
     "step": step, "step-none": step, "step-all": step, "peer": step, "kernels": kernels,
     "generate": generate, "pairs": pairs, "tune": tune,
 }  # fmt: skip
+
+
+def main(arguments):
+    """Print the table of a folder."""
+    parser = argparse.ArgumentParser(prog="bench.py summary", description=__doc__)
+    parser.add_argument("folder", nargs="?", default="runs/gpu")
+    path = Path(parser.parse_args(arguments).folder) / "gpu.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected one that `bench.py gpu` wrote")
+    print(*table(json.loads(path.read_text())), sep="\n")

@@ -60,6 +60,9 @@ def test_gpu_rehearsal(base, tmp_path, monkeypatch, one_part_at_a_time, capsys):
     printed = capsys.readouterr().out
     assert printed.index("begin  about  limit  part") < printed.index("s  step: 2 layers")
     assert "Left out: nothing." in printed and printed.count("| ok |") == len(names)
+    bench.main(["summary", str(out)])
+    again = capsys.readouterr().out
+    assert again in printed and again == (out / "summary.md").read_text()
 
 
 def parts(*commands, **changes):
