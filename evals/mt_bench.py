@@ -188,7 +188,7 @@ def references(folder):
     else:
         path = published(folder, "question.jsonl")
         for row in read_jsonl(path, FIELDS):
-            if "reference" in row and row["category"] in WITH_REFERENCE:
+            if "reference" in row:
                 found[row["question_id"]] = row["reference"]
     for question, answers in found.items():
         if not isinstance(answers, list) or [type(text) for text in answers] != [str, str]:
