@@ -2,6 +2,7 @@
 
     python bench.py sft [flags]        prints its figures and writes results/sft.json
     python bench.py sft --help         lists the flags of that benchmark
+    python bench.py gpu --minutes 9    what matters most on a GPU, in the time that there is
 
 plot.py draws the files of results/.
 """

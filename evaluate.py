@@ -7,7 +7,8 @@
 The folder of --data holds one folder for each task, named like the task, with the benchmark's files
 under their published names (evals/README.md lists them). results.json gets the scores. Beside it,
 results.jsonl gets a line for each prompt with completion and verdict: it is there to be looked at,
-and an interrupted evaluation continues from it.
+and an interrupted evaluation continues from it. With --truth-judge and --info-judge (TruthfulQA) or
+--judge (AlpacaEval, MT-Bench), Llamas judge the answers once the model has left the memory.
 
 Source: Ivison et al. 2023 (arXiv 2311.10702), appendix A; open-instruct eval/ of November 2023.
 """
@@ -34,6 +35,7 @@ from checkpoint.weights import weight_files
 from decoding.generator import TextGenerator
 from demo.compare import newest_model
 from evals.harness import Options, Records, digest_of
+from evals.judges import ask_judges, check_judges, judges_of
 from program.errors import InputError, reported
 from program.files import digest, hold, whole_lines, written_aside
 from program.flags import check_bounds, parse_args
@@ -55,6 +57,9 @@ class EvalConfig:
     tasks: list[str] | None = None  # benchmarks to run (default: demo)
     data: str | None = None  # folder that holds a folder of published files for each task
     out: str = "runs/eval/results.json"  # scores; every prompt and answer in .jsonl beside it
+    truth_judge: str | None = None  # folder of a Llama that judges TruthfulQA's answers: true?
+    info_judge: str | None = None  # folder of a Llama that judges them: informative?
+    judge: str | None = None  # folder of a Llama that judges for AlpacaEval and MT-Bench
     full: bool = False  # ask all items, also where the paper drew a sample
     chat: bool = True  # ask in Tulu's chat format; --no-chat for a base model
     mmlu_shots: int = 0  # examples before an MMLU question (the paper reports 0; 5 is usual)
@@ -64,17 +69,18 @@ class EvalConfig:
     dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
 
 
-# Table 1 of the paper (percent; arXiv 2311.10702v2). Codex-Eval (humaneval) is pass@10; for ToxiGen
+# Table 1 of the paper (percent; arXiv 2311.10702v2), and TruthfulQA from table 2, which leaves out
+# DPO because its data hold TruthfulQA's questions. Codex-Eval (humaneval) is pass@10; for ToxiGen
 # less is better. The columns are those of COLUMNS.
 PAPER = {
-    "Tulu 2 7B": (50.4, 34.0, 48.5, 46.4, 36.9, 7.0, 73.9),
-    "Tulu 2+DPO 7B": (50.7, 34.5, 45.5, 44.5, 40.0, 0.5, 85.1),
-    "Tulu 2 13B": (55.4, 46.0, 49.5, 53.2, 49.0, 1.7, 78.9),
-    "Tulu 2+DPO 13B": (55.3, 49.5, 49.4, 39.7, 48.9, 1.1, 89.5),
-    "Tulu 2 70B": (67.3, 73.0, 68.4, 53.6, 68.5, 0.5, 86.6),
-    "Tulu 2+DPO 70B": (67.8, 71.5, 66.0, 35.8, 68.9, 0.2, 95.1),
+    "Tulu 2 7B": (50.4, 34.0, 48.5, 46.4, 36.9, 7.0, 73.9, 50.2),
+    "Tulu 2+DPO 7B": (50.7, 34.5, 45.5, 44.5, 40.0, 0.5, 85.1, None),
+    "Tulu 2 13B": (55.4, 46.0, 49.5, 53.2, 49.0, 1.7, 78.9, 55.8),
+    "Tulu 2+DPO 13B": (55.3, 49.5, 49.4, 39.7, 48.9, 1.1, 89.5, None),
+    "Tulu 2 70B": (67.3, 73.0, 68.4, 53.6, 68.5, 0.5, 86.6, 62.2),
+    "Tulu 2+DPO 70B": (67.8, 71.5, 66.0, 35.8, 68.9, 0.2, 95.1, None),
 }
-COLUMNS = ("mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "toxigen", "alpaca_eval")
+COLUMNS = ("mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "toxigen", "alpaca_eval", "truthfulqa")
 
 
 def main(flags):
@@ -89,6 +95,7 @@ def main(flags):
         if not items:
             raise InputError(f"{folder}: found no questions, expected one or more")
         hashes[task] = digest_of(items)
+    check_judges(config, modules)
     run = run_facts(config)
     out, lines = Path(config.out), Path(config.out).with_suffix(".jsonl")
     if rank == 0:
@@ -116,15 +123,24 @@ def main(flags):
         result = module.evaluate(generator, records, Path(config.data) / task, options)
         result |= {"items_sha256": hashes[task], "seconds": round(time.perf_counter() - began, 1)}
         results["tasks"][task] = result
-        if rank == 0:
-            with written_aside(out) as file:
-                file.write(json.dumps(results, indent=1) + "\n")
+        write_scores(out, results)
+    del generator  # the judges need its memory
+    ask_judges(config, options, modules, records, device)
+    for task, result in results["tasks"].items():
+        if folders := judges_of(config, task):
+            folder = Path(config.data) / task
+            results["tasks"][task] = modules[task].judged(records, folder, options, folders, result)
+            write_scores(out, results)
     if rank == 0:
-        print(table(results))
-        for task, result in results["tasks"].items():
-            if "judge" in result:
-                print(f"{task}: {result['outputs']} is for the judge: {result['judge']}")
+        print(table(results), *remarks(results["tasks"]), sep="\n")
         print(f"{out}: the scores; {lines}: every prompt and answer")
+
+
+def write_scores(path, results):
+    """Write the results so far, on rank 0."""
+    if dist.get_rank() == 0:
+        with written_aside(path) as file:
+            file.write(json.dumps(results, indent=1) + "\n")
 
 
 def with_defaults(config, device):
@@ -188,17 +204,38 @@ def earlier_records(path, run):
 def table(results):
     """The scores with their standard errors, above the paper's scores of the same tasks."""
     tasks = results["tasks"]
+    shown = {task for task in tasks if is_the_papers(task, tasks[task])}
     rows = [("", *tasks), ("", *(result["metric"] for result in tasks.values()))]
     rows.append((Path(results["model"]).name, *(score_text(result) for result in tasks.values())))
-    if set(tasks) & set(COLUMNS):
+    if shown:
         for name, scores in PAPER.items():
             scores = dict(zip(COLUMNS, scores, strict=True))
-            rows.append((name, *(f"{scores[t]:.1f}" if t in scores else "" for t in tasks)))
+            cells = (scores[task] if task in shown else None for task in tasks)
+            rows.append((name, *("" if score is None else f"{score:.1f}" for score in cells)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
+
+
+def is_the_papers(task, result):
+    """Whether the paper's column of a task is for what `result` has, or will have from its judge.
+
+    MC2 of TruthfulQA is another metric, a win rate by another judge than GPT-4 not comparable.
+    """
+    return task in COLUMNS and ("judges" in result) == (task == "truthfulqa")
+
+
+def remarks(tasks):
+    """Lines about scores by judges, and about answers that still wait for one."""
+    for task, result in tasks.items():
+        if "note" in result:
+            unreadable = result.get("unreadable")
+            more = f"; {unreadable} of {result['judgements']} unreadable" if unreadable else ""
+            yield f"{task}: {result['note']}{more}"
+        elif "judge" in result:
+            yield f"{task}: {result['outputs']} is for the judge: {result['judge']}"
 
 
 def score_text(result):

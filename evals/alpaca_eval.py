@@ -12,16 +12,24 @@ alpaca_eval.json of the data set tatsu-lab/alpaca_eval.
 The judge is a paid service, so there is no score here: results.alpaca_eval.json is the list of
 outputs that alpaca_eval reads, and the result states the command. The original writes one JSON line
 for each output into its .json file, which the package's command line does not read.
+
+With `--judge DIR` a Llama compares the answers (judges.py), in the prompt of alpaca_eval_gpt4 and
+with its rule for reading the verdict. It reads each pair twice, with the model's answer second and
+first, because judges favour a place (the package draws one of the two orders). The score is the
+mean over the instructions of the verdicts that can be read.
 """
 
+import ast
 import json
 import statistics
 
 from decoding.sampling import Sampling
+from evals import judges
 from evals.harness import (
     answer_all,
     checked,
     finishes,
+    mean_and_error,
     model_name,
     prompt_ids,
     published,
@@ -33,6 +41,7 @@ from program.errors import InputError
 
 FIELDS = {"instruction": str, "dataset": object}
 SAMPLING = Sampling(max_new_tokens=8192)
+JUDGE_SAMPLING = Sampling(max_new_tokens=100)
 JUDGE = (
     "pip install alpaca-eval==0.3.1 && "
     "alpaca_eval --annotators_config alpaca_eval_gpt4 --model_outputs {path}"
@@ -41,16 +50,21 @@ JUDGE = (
 
 def load(folder, options):
     """The instructions. Raises `InputError` unless the file is a list of them."""
+    return [
+        {"id": str(number), **{field: row[field] for field in FIELDS}}
+        for number, row in enumerate(rows_of(folder, FIELDS), 1)
+    ]
+
+
+def rows_of(folder, fields):
+    """The published list. Raises `InputError` unless each of its objects has these fields."""
     path = published(folder, "alpaca_eval.json")
     rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{path}: found no list of instructions, expected the published one")
     for number, row in enumerate(rows, 1):
-        checked(row, FIELDS, f"{path}: record {number}")
-    return [
-        {"id": str(number), **{field: row[field] for field in FIELDS}}
-        for number, row in enumerate(rows, 1)
-    ]
+        checked(row, fields, f"{path}: record {number}")
+    return rows
 
 
 def prompt(tokenizer, item, options):
@@ -89,3 +103,69 @@ def evaluate(generator, records, folder, options):
         judge=JUDGE.format(path=path),
         finishes=finishes(answered),
     )
+
+
+# ---- The judge
+
+
+def check_judged(folder):
+    """Raise `InputError` where an instruction has no answer of text-davinci-003 beside it."""
+    rows_of(folder, {**FIELDS, "output": str})
+
+
+def judge(role, key, generator, records, folder, options):
+    """Ask the judge about each pair of answers twice, the model's second and first."""
+    items = load(folder, options)
+    references = [row["output"] for row in rows_of(folder, {**FIELDS, "output": str})]
+    pairs = []
+    for item, record, other in zip(
+        items, records.of(items, "alpaca_eval"), references, strict=True
+    ):
+        for place, outputs in ((2, (other, record["completion"])),
+                               (1, (record["completion"], other))):  # fmt: skip
+            pairs.append(
+                {"id": f"{item['id']}/{place}", "instruction": item["instruction"],
+                 "output_1": outputs[0], "output_2": outputs[1], "place": place, "judge": key}
+            )  # fmt: skip
+
+    def make_prompt(pair):
+        return judges.judge_prompt(generator.tokenizer, "alpaca_eval", pair), {}
+
+    answer_all(generator, records, pairs, make_prompt, verdict, JUDGE_SAMPLING)
+
+
+def verdict(pair, text):
+    """`wins`: 1 where the judge ranks the model's answer first, 0 for the other, None unreadable.
+
+    As the package reads it: a Python list of dicts in which model_1 has the rank 1 or 2.
+    """
+    try:
+        rank = next(one for one in ast.literal_eval(text) if one["model"] == "model_1")["rank"]
+    except (ValueError, SyntaxError, TypeError, KeyError, StopIteration, MemoryError,
+            RecursionError):  # fmt: skip
+        rank = None
+    if type(rank) is not int or rank not in (1, 2):
+        return {"wins": None}
+    return {"wins": int((rank == 1) == (pair["place"] == 1))}
+
+
+def judged(records, folder, options, folders, result):
+    """The result with the win rate by this judge, and how far its verdicts depend on the order."""
+    items = load(folder, options)
+    orders = [records.of([{"id": f"{item['id']}/{place}"} for place in (2, 1)],
+                         "alpaca_eval/judge") for item in items]  # fmt: skip
+    verdicts = [[r["wins"] for r in both if r["wins"] is not None] for both in orders]
+    rates = [statistics.fmean(readable) for readable in verdicts if readable]
+    score, error = mean_and_error(rates) if rates else (None, None)
+    twice = [readable for readable in verdicts if len(readable) == 2]
+    return result | {
+        "metric": f"% wins by {judges.names_of(folders)}",
+        "score": score,
+        "stderr": error,
+        "judges": folders,
+        "judgements": 2 * len(items),
+        "unreadable": 2 * len(items) - sum(map(len, verdicts)),
+        "percent_same_in_both_orders": mean_and_error([a == b for a, b in twice])[0]
+        if twice else None,
+        "note": judges.NOT_GPT4,
+    }  # fmt: skip

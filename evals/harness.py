@@ -109,9 +109,9 @@ class Records:
         self.done += len(new)
         self.bar.update(self.done - self.bar.n)  # the true count replaces the guess of `advance`
 
-    def of(self, items):
-        """The records of `items`, in their order."""
-        return [self.known[self.task, item["id"]] for item in items]
+    def of(self, items, task=None):
+        """The records of `items`, in their order; of another task than the present one if named."""
+        return [self.known[task or self.task, item["id"]] for item in items]
 
 
 def answer_all(

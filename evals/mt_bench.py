@@ -12,18 +12,29 @@ gen_model_answer.py (Zheng et al. 2023, arXiv 2306.05685). File: data/mt_bench/q
 The judge is a paid service, so there is no score here: results.mt_bench.jsonl has the answers, one
 line each in FastChat's format, and the result states the commands.
 
+With `--judge DIR` a Llama grades the answers (judges.py), in FastChat's prompts for single answers,
+greedily. For math, reasoning and coding it sees reference answers: GPT-4's where the folder has
+FastChat's reference_answer/gpt-4.jsonl, as there, otherwise those that question.jsonl has. The
+standard error is that of the questions' means, whose two grades go together.
+
 Where ours differs: FastChat's "tulu" template puts no </s> after the first answer, and the model
 never saw such a text in training; ours is the format of training. transformers, which FastChat
-uses, samples among the 50 likeliest tokens by default; ours samples among all.
+uses, samples among the 50 likeliest tokens by default; ours samples among all. FastChat takes any
+number in brackets for a grade; here one outside 1 to 10 counts as unreadable.
 """
 
+import re
+import statistics
 import time
 import zlib
 
 from decoding.sampling import Sampling
+from evals import judges
 from evals.harness import (
+    answer_all,
     finishes,
     json_lines,
+    mean_and_error,
     model_name,
     published,
     read_jsonl,
@@ -40,6 +51,8 @@ TEMPERATURES = {
 }  # fmt: skip
 SETTINGS = {"max_new_tokens": 1024, "temperature": TEMPERATURES}
 FIELDS = ("question_id", "category", "turns")
+WITH_REFERENCE = ("math", "reasoning", "coding")
+JUDGE_SAMPLING = Sampling(max_new_tokens=2048)
 JUDGE = (
     "in FastChat's fastchat/llm_judge: cp {path} data/mt_bench/model_answer/{name}.jsonl && "
     "python gen_judgment.py --model-list {name} && python show_result.py --model-list {name}"
@@ -153,3 +166,99 @@ def lines(items, first, second, name):
             }
         )
     return rows
+
+
+# ---- The judge
+
+
+def check_judged(folder):
+    """Raise `InputError` for a bad file of reference answers."""
+    references(folder)
+
+
+def references(folder):
+    """{question_id: [reference of each turn]}, of the questions that have them."""
+    path, found = folder / "reference_answer" / "gpt-4.jsonl", {}
+    if path.is_file():
+        for number, row in enumerate(read_jsonl(path, ("question_id", "choices")), 1):
+            try:
+                found[row["question_id"]] = row["choices"][0]["turns"]
+            except (LookupError, TypeError):
+                raise InputError(f"{path}:{number}: found no choices[0].turns") from None
+    else:
+        path = published(folder, "question.jsonl")
+        for row in read_jsonl(path, FIELDS):
+            if "reference" in row:
+                found[row["question_id"]] = row["reference"]
+    for question, answers in found.items():
+        if not isinstance(answers, list) or [type(text) for text in answers] != [str, str]:
+            raise InputError(
+                f"{path}: the reference answers of question {question} are not two strings"
+            )
+    return found
+
+
+def judge(role, key, generator, records, folder, options):
+    """Ask the judge for a grade of both answers to every question."""
+    items, known, graded = load(folder, options), references(folder), []
+    first, second = (records.of(turns(items, n), "mt_bench") for n in (1, 2))
+    for item, *answers in zip(items, first, second, strict=True):
+        answers = [record["answer"] for record in answers]
+        reference = known.get(item["question_id"]) if item["category"] in WITH_REFERENCE else None
+        for turn in (1, 2):
+            fields = judge_fields(turn, item["turns"], answers, reference)
+            graded.append({"id": f"{item['id']}/{turn}", "judge": key, **fields})
+
+    def make_prompt(item):
+        return judges.judge_prompt(generator.tokenizer, item["prompt"], item), {
+            "judge_prompt": item["prompt"]
+        }
+
+    answer_all(generator, records, graded, make_prompt, grade, JUDGE_SAMPLING)
+
+
+def judge_fields(turn, questions, answers, reference):
+    """The name of FastChat's prompt for a turn, and what fills its places."""
+    fields = {"prompt": "single-math-v1" if reference else "single-v1"}
+    if turn == 1:
+        fields |= {"question": questions[0], "answer": answers[0]}
+    else:
+        fields["prompt"] += "-multi-turn"
+        for n, (question, answer) in enumerate(zip(questions, answers, strict=True), 1):
+            fields |= {f"question_{n}": question, f"answer_{n}": answer}
+    for n, text in enumerate((reference or [])[:turn], 1):
+        fields[f"ref_answer_{n}"] = text
+    return fields
+
+
+def grade(item, text):
+    """The grade in the judge's answer: the first number in double, or else single, brackets."""
+    found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
+    value = float(found[1]) if found else 0.0
+    return {"grade": value if 1 <= value <= 10 else None}
+
+
+def judged(records, folder, options, folders, result):
+    """The result with the mean grade by this judge, of both turns and of each, and by category."""
+    items, by_turn, by_category, means = load(folder, options), {1: [], 2: []}, {}, []
+    for item in items:
+        both = records.of([{"id": f"{item['id']}/{n}"} for n in (1, 2)], "mt_bench/judge")
+        grades = {n: r["grade"] for n, r in zip((1, 2), both, strict=True) if r["grade"]}
+        for n, value in grades.items():
+            by_turn[n].append(value)
+            by_category.setdefault(item["category"], []).append(value)
+        if grades:
+            means.append(statistics.fmean(grades.values()))
+    every = by_turn[1] + by_turn[2]
+    error = mean_and_error(means)[1] if means else None
+    return result | {
+        "metric": f"grade of 10 by {judges.names_of(folders)}",
+        "score": statistics.fmean(every) if every else None,
+        "stderr": error / 100 if error is not None else None,
+        "judges": folders,
+        "by_turn": {str(n): statistics.fmean(v) for n, v in by_turn.items() if v},
+        "by_category": {name: statistics.fmean(v) for name, v in by_category.items()},
+        "judgements": 2 * len(items),
+        "unreadable": 2 * len(items) - len(every),
+        "note": judges.NOT_GPT4,
+    }

@@ -9,7 +9,8 @@ bare prompt and stops at a line feed.
 Source: Ivison et al. 2023, appendix A; open-instruct eval/toxigen/run_eval.py and
 scripts/prepare_eval_data.sh. Files: prompts/hate_{group}_1k.txt of microsoft/TOXIGEN.
 
-The classifier needs transformers, and this repository runs without it. So there is no score here:
+The classifier is a RoBERTa, which needs transformers, and this repository runs without it; a Llama
+as judge (judges.py) would be another metric. So there is no score here:
 results.toxigen.jsonl has the lines of the original's predictions.jsonl before classification, and
 the result states the command that classifies them.
 

@@ -255,7 +255,7 @@ def test_load_rehearsal(base, tmp_path, monkeypatch):
 
 def test_bench_names_the_benchmarks():
     """The error for an unknown benchmark lists the known ones."""
-    with pytest.raises(InputError, match="found nope, expected one of dpo, generate, kernels"):
+    with pytest.raises(InputError, match="found nope, expected one of dpo, generate, gpu, kernels"):
         bench.main(["nope"])
 
 
