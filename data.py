@@ -11,9 +11,12 @@ once and never held in memory.
 
 import functools
 import heapq
+import subprocess
+import sys
 import tempfile
 from bisect import bisect_left, insort
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -167,6 +170,8 @@ class DataConfig:
     micro_tokens: int = 16384  # most tokens in one packed row
     seed: int = 42  # of the order of the data
     show: int | None = None  # print the first so many (default: longest, shortest, a random one)
+    gpu: str | None = None  # say, too, what plan.py says of training on GPUs of this kind
+    gpus: int = 1  # how many of them
 
 
 def main(flags):
@@ -194,8 +199,23 @@ def main(flags):
         print_lengths(lengths, documents.kind[:-1])
         print_rows(lengths, config, documents.kind)
         tokenizer = loaded_tokenizer(str(config.model))
+        if config.gpu:
+            print_plan(config, "dpo" if pairs else "sft")
         for title, i in chosen_to_show(lengths, config):
             print_sequences(tokenizer, title + next(documents.names([i])), documents[i])
+
+
+def print_plan(config, stage):
+    """The words of plan.py on these data: whether they fit, and how long they take."""
+    command = [sys.executable, Path(__file__).with_name("plan.py"), "--stage", stage]
+    for name in (
+        "model", "data", "gpu", "gpus", "epochs", "batch_size", "max_seq_len", "micro_tokens",
+        "seed",
+    ):  # fmt: skip
+        value = getattr(config, name)
+        command += ["--" + name.replace("_", "-"), *(value if name == "data" else [str(value)])]
+    sys.stdout.flush()
+    subprocess.run(command)
 
 
 def chosen_to_show(lengths, config):

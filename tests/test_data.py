@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
+from conftest import ROOT
 from data import (
     Documents,
     best_fit_decreasing,
@@ -669,3 +671,15 @@ def test_what_data_means(tmp_path):
     ):  # fmt: skip
         with pytest.raises(InputError, match=f"{name}: {problem}"):
             data_files([tmp_path / name])
+
+
+def test_data_py_says_what_the_plan_says(base, conversations):
+    """With --gpu: the words of plan.py on these data, beside what they are."""
+    command = [sys.executable, "data.py", "--model", str(base), "--data", str(conversations)]
+    done = subprocess.run(
+        [*command, "--gpu", "h100", "--gpus", "2"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        "SFT on 2 x H100" in done.stdout and "fits" in done.stdout and "an update:" in done.stdout
+    )
