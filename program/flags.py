@@ -31,6 +31,11 @@ BOUNDS = {
     "save_every": (0, math.inf),
     "keep": (1, math.inf),
     "seed": (0, 2**63),
+    "projection": (1, math.inf),
+    "probe_rank": (1, math.inf),
+    "warmup_share": (0, 1),
+    "warmup_epochs": (1, math.inf),
+    "warmup_lr": (0, math.inf),
     "show": (0, math.inf),
     "slots": (1, math.inf),
     "context": (0, math.inf),
@@ -39,7 +44,14 @@ BOUNDS = {
     "top_p": (0, 1),
     "max_new_tokens": (1, math.inf),
 }
-EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "top_p": 0}  # bounds that are not allowed
+EXCLUDED = {
+    "lr": 0,
+    "beta": 0,
+    "beta1": 1,
+    "beta2": 1,
+    "top_p": 0,
+    "warmup_share": 0,
+}  # bounds that are not allowed
 
 # Flags that say how a run is carried out: it may be continued with other values. (The model is
 # compared by its real path, the data by their content.)
@@ -59,7 +71,7 @@ MAY_CHANGE_ON_RESUME = {
 MAY_BE_EMPTY = {"prompt", "system"}  # texts
 
 # What --help calls the values of a list that does not hold paths.
-METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME"}
+METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME", "make_queries": "TASK"}
 
 
 def parse_args(config_class, argv=None):

@@ -17,7 +17,8 @@ FLOORS = [
     {"training", "decoding", "tulu_mixture"},
     {"demo"},
     {"evals"},
-    {"sft", "dpo", "generate", "evaluate", "mixture", "plot"},
+    {"selection"},
+    {"sft", "dpo", "generate", "evaluate", "mixture", "plot", "prune"},
     {"benchmarks"},
     {"bench"},
 ]
