@@ -116,6 +116,7 @@ def main(flags):
             raise InputError(
                 f"--keep is {config.keep}, expected at most {allowed.sum()}, the conversations"
             )
+        others = report.read_choices(config.compare or [], len(documents))
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = hold_file(f"{out}.lock", out)
     try:
@@ -130,7 +131,7 @@ def main(flags):
             print_lengths(documents.tokens[chosen])
             if config.method in BY_MODEL:
                 report.print_extremes(tokenizer, documents, queries, best, query, allowed)
-            report.print_shared(config.compare or [], documents, chosen)
+            report.print_shared(others, chosen)
             print(f"{out}: what is kept; {scores_path(out)}: every score")
     finally:
         if rank == 0:

@@ -49,19 +49,30 @@ def beginning(tokenizer, documents, i):
     return text if len(text) <= 90 else text[:89] + "…"
 
 
-def print_shared(paths, documents, chosen):
-    """How many kept conversations each other choice, a FILE.scores.jsonl, has in common."""
+def read_choices(paths, candidates):
+    """`{path: kept}` of other choices from the same data, each a FILE.scores.jsonl: lists of bool.
+
+    Raises `InputError` for a file of another kind or another number of candidates.
+    """
+    choices = {}
     for path in map(Path, paths):
         try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            kept = [line["kept"] for line in lines]
+            with open(path, encoding="utf-8") as file:
+                kept = [json.loads(line)["kept"] for line in file]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--compare {path}: {error}, expected a FILE.scores.jsonl") from None
-        if len(kept) != len(documents):
+        if len(kept) != candidates:
             raise InputError(
-                f"--compare {path}: {len(kept):,} candidates, expected the {len(documents):,} of "
+                f"--compare {path}: {len(kept):,} candidates, expected the {candidates:,} of "
                 "this data"
             )
+        choices[path] = kept
+    return choices
+
+
+def print_shared(choices, chosen):
+    """How many kept conversations each other choice has in common with this one."""
+    for path, kept in choices.items():
         shared = sum(kept[i] for i in chosen)
         expected = len(chosen) * sum(kept) / len(kept)
         print(
