@@ -114,17 +114,18 @@ def test_killed_and_continued_agrees(method, kills, setting, monkeypatch, tmp_pa
 
     def until_killed(sequences, device):
         made.append(sequences)
-        if len(made) > made_before_kill:
+        if len(made) > calls[0]:
             raise Killed
         return make(sequences, device)
 
     monkeypatch.setattr(module, "row_tensors", until_killed)
-    for made_before_kill in kills:
+    calls = [0]
+    for calls[0] in kills:
         made.clear()
         with pytest.raises(Killed):
             run(setting, method=method, **LESS)
     made.clear()
-    made_before_kill = 1000
+    calls[0] = 1000
     _, continued = run(setting, method=method, **LESS)
     assert len(made) < {"rds": 8, "less": 25}[method]  # the rest: nothing is computed twice
     # less: groups of other sizes are projected, products in another order.
