@@ -4,7 +4,7 @@
 
 Default data: sft/code_alpaca_gsm8k.jsonl; the queries are GSM8K's eight worked examples. A model of
 the demo's shape learns every second conversation from random weights. It then chooses a tenth of
-all, by each method, and is trained on: on each tenth, and on everything, with the same number of
+all, by each method, and is trained on: on each tenth eight times, and on everything once, about as many
 updates. Measured is the loss on answers of GSM8K's test questions, which are in none of it.
 """
 
@@ -46,6 +46,8 @@ class PruneBenchConfig(InputFlags):
     epochs: int = 8  # of training on that share
     batch_size: int = 32  # conversations in one update
     lr: float = 1e-3  # peak learning rate
+    projection: int = 1024  # less: numbers that a gradient is projected to
+    warmup_epochs: int = 2  # less: its checkpoints
     out: str = "results/prune.json"  # the figures
 
 
@@ -58,7 +60,6 @@ def main(arguments):
     held_out = input_file(config.held_out, "eval/gsm8k/test.jsonl", "--held-out")
     problems = [json.loads(line) for line in held_out.open(encoding="utf-8")][: config.answers]
     keep = round(config.share * len(lines))
-    updates = keep // config.batch_size * config.epochs
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tasks.make_tokenizer(folder, [json.loads(line) for line in lines])
@@ -71,14 +72,14 @@ def main(arguments):
             kept, began = folder / f"{method}.jsonl", time.perf_counter()
             flags = {"model": folder / "half", "data": data, "queries": folder / "queries.jsonl"}
             flags |= {"keep": keep, "method": method, "seed": config.seed, "out": kept}
+            flags |= {"projection": config.projection, "warmup-epochs": config.warmup_epochs}
             run("prune.py", flags)
             seconds = round(time.perf_counter() - began, 1)
             chosen = [json.loads(line)["dataset"] == SOURCE for line in kept.open(encoding="utf-8")]
             train(folder / "half", kept, folder / method, config.epochs, config)
             figures[method] = {"seconds": seconds, "gsm8k": sum(chosen) / keep}
             figures[method]["loss"] = loss(folder / method, problems, device)
-        epochs = -(-updates * config.batch_size // len(lines))
-        train(folder / "half", data, folder / "all", epochs, config, updates)
+        train(folder / "half", data, folder / "all", 1, config)
         figures["all"] = {"loss": loss(folder / "all", problems, device)}
         figures["all"]["gsm8k"] = sum(SOURCE in json.loads(x)["dataset"] for x in lines) / len(
             lines
@@ -86,14 +87,14 @@ def main(arguments):
     for method, row in figures.items():
         share = f"{row['gsm8k']:7.1%} GSM8K" if "gsm8k" in row else ""
         print(f"{method:10}{row['loss']:8.4f} nats a token {share}")
-    facts = {"conversations": len(lines), "kept": keep, "updates": updates, "model": tasks.CONFIG}
+    facts = {"conversations": len(lines), "kept": keep, "model": tasks.CONFIG}
     write("prune", config, arguments, device, **facts, methods=figures)
 
 
-def train(model, data, out, epochs, config, max_steps=0):
+def train(model, data, out, epochs, config):
     """Run sft.py: from the folder `model` to the folder `out`."""
     flags = {"model": model, "data": data, "out": out, "epochs": epochs, "lr": config.lr}
-    flags |= {"batch-size": config.batch_size, "max-steps": max_steps, "seed": config.seed}
+    flags |= {"batch-size": config.batch_size, "seed": config.seed}
     run("sft.py", flags)
 
 
