@@ -4,8 +4,8 @@
 
 Default data: sft/code_alpaca_gsm8k.jsonl; the queries are GSM8K's eight worked examples. A model of
 the demo's shape learns every second conversation from random weights. It then chooses a tenth of
-all, by each method, and is trained on: on each tenth eight times, and on everything once, about as many
-updates. Measured is the loss on answers of GSM8K's test questions, which are in none of it.
+all, by each method, and is trained on: on each tenth eight times, and on everything once, about as
+many updates. Measured is the loss on answers of GSM8K's test questions, which are in none of it.
 """
 
 import json
@@ -62,7 +62,7 @@ def main(arguments):
     keep = round(config.share * len(lines))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tasks.make_tokenizer(folder, [json.loads(line) for line in lines])
+        tasks.make_tokenizer(folder, [by_lines(json.loads(line)) for line in lines])
         tasks.make_model(folder)
         (folder / "half.jsonl").write_text("".join(lines[::2]), encoding="utf-8")
         train(folder, folder / "half.jsonl", folder / "half", 2, config)
@@ -89,6 +89,16 @@ def main(arguments):
         print(f"{method:10}{row['loss']:8.4f} nats a token {share}")
     facts = {"conversations": len(lines), "kept": keep, "model": tasks.CONFIG}
     write("prune", config, arguments, device, **facts, methods=figures)
+
+
+def by_lines(record):
+    """A conversation whose messages are single lines: no piece of a tokenizer holds a line feed."""
+    messages = [
+        {"role": message["role"], "content": line}
+        for message in record["messages"]
+        for line in message["content"].splitlines()
+    ]
+    return {"messages": messages}
 
 
 def train(model, data, out, epochs, config):
