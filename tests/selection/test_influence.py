@@ -99,8 +99,7 @@ def test_projected_inner_products_are_within_the_predicted_error():
     Their mean square, in these units, is 1 within 5 √(2 / 200); P does not change with the batch.
     """
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, 200, 9001, generator=generator)
-    b = 0.3 * a + b
+    a, b = torch.randn(2, 200, 9001, generator=generator) + 0.5  # so that blocks are alike
     d = 256
     projected_a, projected_b = (influence.project(x, d, seed=7) for x in (a, b))
     exact, approximate = (a * b).sum(1), (projected_a * projected_b).sum(1)
