@@ -9,10 +9,12 @@ made of it. The transformers loop is the usual one: the chosen and then the reje
 or 16 pairs in one padded batch, log-softmax over all logits; the smaller the batch, the less of it
 is padding. TRL's DPOTrainer takes part where it is installed: batches of 4 pairs, its defaults but
 for recomputation, which would only slow it down. CPU time is shown too, for machines that do other
-work.
+work. With `--context 4`, say, prompts are long: our loop computes them once a pair.
 """
 
+import dataclasses
 import functools
+import json
 import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -41,6 +43,7 @@ class DPOBenchConfig(inputs.InputFlags):
     """Flags of `python bench.py dpo`."""
 
     pairs: int = 96  # the first of the file
+    context: int = 0  # questions and answers of sft/code_alpaca_gsm8k.jsonl before each prompt
     max_seq_len: int = 512  # tokens of prompt and answer; a longer one is cut on the right
     batch_size: int = 32  # pairs in one update
     epochs: int = 1  # passes over them
@@ -59,7 +62,8 @@ def main(arguments):
     if device.type != "cpu":
         raise InputError("bench.py dpo compares on CPU, and found a GPU")
     with tempfile.TemporaryDirectory() as folder:
-        documents = first_pairs(config, folder)
+        given = after_turns(config, folder) if config.context else config
+        documents = first_pairs(given, folder)
         model = inputs.make_model(config, folder)
         shape = read_config(folder)
         names = ("max_seq_len", "batch_size", "epochs", "micro_tokens", "beta", "lr", "seed")
@@ -85,6 +89,21 @@ def first_pairs(config, folder):
     """The first pairs of the file."""
     default, length = "prefs/alpaca_eval_tulu2_13b.jsonl", config.max_seq_len
     return inputs.first_documents(config, default, config.pairs, folder, length, encode_pair, 2)
+
+
+def after_turns(config, folder):
+    """The config, with --context's turns of another task before each pair of its data."""
+    turns = inputs.input_file(None, "sft/code_alpaca_gsm8k.jsonl", "--context")
+    turns = [json.loads(line)["messages"] for line in turns.open(encoding="utf-8")]
+    turns = [messages for messages in turns if len(messages) == 2]
+    pairs = inputs.input_file(config.data, "prefs/alpaca_eval_tulu2_13b.jsonl", "--data")
+    with open(f"{folder}/after-turns.jsonl", "w", encoding="utf-8") as file:
+        for number, line in enumerate(pairs.read_text("utf-8").splitlines()[: config.pairs]):
+            record, first = json.loads(line), number * config.context
+            before = sum(turns[first : first + config.context], [])
+            sides = {side: before + record[side] for side in ("chosen", "rejected")}
+            file.write(json.dumps(sides) + "\n")
+    return dataclasses.replace(config, data=file.name)
 
 
 def padded_loops(config, documents):
@@ -114,11 +133,14 @@ def padded_logps(model, documents, pairs):
     return (logps * trained).sum(1).view(2, -1)
 
 
-def loop_flops(shape, name, lengths, trained):
-    """FLOPs of an update of pairs whose chosen, rejected, chosen, … are of these lengths."""
+def loop_flops(shape, name, lengths, trained, shared):
+    """FLOPs of an update of pairs whose chosen, rejected, chosen, … are of these lengths.
+
+    shared: the tokens of each that are computed once, in our loop, for both answers.
+    """
     head = 2 * shape.vocab_size * shape.hidden_size  # of one product, per token
     if name == "ours":  # logits, and once more in backward, where the loss's gradient is known
-        return model_flops(shape, lengths, trained) + head * int(trained)
+        return model_flops(shape, lengths, trained, shared) + head * int(trained)
     rows = 2 * int(name.split()[-1])
     batches = [lengths[i : i + rows] for i in range(0, len(lengths), rows)]
     positions = sum(len(batch) * int(max(batch)) for batch in batches)

@@ -138,16 +138,18 @@ def padded_flops(config, lengths, rows):
 def figures(updates, documents, flops, unit, warm_up=0):
     """Rates over the updates after the first `warm_up`, and medians of the ratios to our times.
 
-    flops(name, lengths, trained): what the loop of that name computes in an update of documents of
-    these lengths. unit: "trained_tokens", or the kind of the documents, whose rate is wanted.
+    flops(name, lengths, trained, shared): what the loop of that name computes in an update of
+    documents of these lengths; shared: tokens that it may compute once for two of them. unit:
+    "trained_tokens", or the kind of the documents, whose rate is wanted.
     """
     lengths = [documents.lengths[update.members].ravel() for update in updates]
+    shared = [documents.shared[update.members].ravel() for update in updates]
     trained = [int(documents.trained_counts[update.members].sum()) for update in updates]
     amounts = trained if unit == "trained_tokens" else [len(update.members) for update in updates]
     timed, loops = range(min(warm_up, len(updates) - 1), len(updates)), {}
     for name in updates[0].seconds:
         seconds = sum(updates[k].seconds[name] for k in timed)
-        work = sum(flops(name, lengths[k], trained[k]) for k in timed)
+        work = sum(flops(name, lengths[k], trained[k], shared[k]) for k in timed)
         loops[name] = {
             f"{unit}_per_second": sum(amounts[k] for k in timed) / seconds,
             "updates_per_second": len(timed) / seconds,

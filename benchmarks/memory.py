@@ -48,16 +48,17 @@ def main(arguments):
         pairs, conversations = Path(folder) / "data.jsonl", Path(folder) / "conversations.jsonl"
         conversations.write_text(answers_as_conversations(pairs), encoding="utf-8")
         n, row = len(documents), int(documents.lengths.sum())
+        once = int(documents.tokens.sum())  # every prompt once
         runs = {
             "sft.py": run("sft.py", config, folder, conversations, 2 * n, row),
-            "dpo.py, which computes the reference": run("dpo.py", config, folder, pairs, n, row),
-            "dpo.py, with the reference kept": run("dpo.py", config, folder, pairs, n, row),
+            "dpo.py, which computes the reference": run("dpo.py", config, folder, pairs, n, once),
+            "dpo.py, with the reference kept": run("dpo.py", config, folder, pairs, n, once),
         }
     trained = int(documents.trained_counts.sum())
-    print(f"one row of {row:,} tokens, {trained:,} of them trained")
+    print(f"one row of {row:,} tokens, {once:,} for dpo.py, {trained:,} of them trained")
     for name, peaks in runs.items():
         print(f"{name:42}{max(peaks):8.3f} GiB")
-    facts = {"pairs": n, "row_tokens": row, "trained_tokens": trained}
+    facts = {"pairs": n, "row_tokens": row, "dpo_row_tokens": once, "trained_tokens": trained}
     write("memory", config, arguments, device, model=model, **facts, peak_gib=runs)
 
 

@@ -5,7 +5,8 @@
 Default data: sft/code_alpaca_gsm8k.jsonl; the queries are GSM8K's eight worked examples. A model of
 the demo's shape learns every second conversation from random weights. It then chooses a tenth of
 all, by each method, and is trained on: on each tenth four times, and on everything once, more than
-twice as many updates. Measured is the loss on answers of GSM8K's test questions, which are in none of it.
+twice as many updates. Measured is the loss on answers of GSM8K's test questions, which are in none
+of it.
 """
 
 import json

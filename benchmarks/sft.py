@@ -129,11 +129,11 @@ class Products:
         torch.mm(dy.T, x, out=self.gradients[n_in, n_out])
 
 
-def loop_flops(shape, name, lengths, trained):
+def loop_flops(shape, name, lengths, trained, shared):
     """FLOPs of the loop of that name in an update of documents of these lengths."""
     if name.startswith("transformers"):
         return loops.padded_flops(shape, lengths, int(name.split()[-1]))
-    flops = model_flops(shape, lengths, trained)
+    flops = model_flops(shape, lengths, trained, shared)
     if name == "its products":  # without attention's
         squares = int((np.asarray(lengths, np.int64) ** 2).sum())
         width = shape.num_attention_heads * shape.head_dim

@@ -191,7 +191,7 @@ def forward_kernel(
             k_j = load_tile(k + kv_head * D, low + j0, j, Hk * D, D)  # (BN, D)
             s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (1), (BM, BN), not scaled yet
             if MASKED:
-                seen = j0 + tl.arange(0, BN)[None, :] <= before + rows[:, None]
+                seen = (j0 - before + tl.arange(0, BN))[None, :] <= rows[:, None]
                 s = tl.where(seen, s, -float("inf"))
             m_new = tl.maximum(m, tl.max(s, axis=1) * SCALE)  # (2)
             r = tl.exp2(m - m_new)  # (2)
@@ -236,7 +236,7 @@ def backward_q_kernel(
             s = tl.dot(q_i, tl.trans(k_j), input_precision=DOT)  # (1), (BM, BN)
             p = tl.exp2(s * SCALE - lse_i[:, None])  # (1)
             if MASKED:
-                seen = j0 + tl.arange(0, BN)[None, :] <= before + rows[:, None]
+                seen = (j0 - before + tl.arange(0, BN))[None, :] <= rows[:, None]
                 p = tl.where(seen, p, 0.0)
             dp = tl.dot(do_i, tl.trans(v_j), input_precision=DOT)  # (4), (BM, BN)
             ds = p * (dp - delta_i[:, None])  # (5)

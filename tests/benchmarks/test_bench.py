@@ -187,10 +187,10 @@ BLOCK = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 5  # weights of q, k, v, o, and 
 def test_flops_of_the_loops():
     """Ours: real tokens and half the square of attention; padded: all positions, all the square."""
     ours = 3 * (6 * BLOCK * 5 + 6 * (2 * 2 + 3 * 3) * 8) + 6 * 11 * 8 * 4
-    assert sft.loop_flops(SHAPE, "ours", [2, 3], 4) == ours
-    assert sft.loop_flops(SHAPE, "its products", [2, 3], 4) == ours - 3 * 6 * 13 * 8
+    assert sft.loop_flops(SHAPE, "ours", [2, 3], 4, []) == ours
+    assert sft.loop_flops(SHAPE, "its products", [2, 3], 4, []) == ours - 3 * 6 * 13 * 8
     padded = 2 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 6 * 11 * 8 * 3)
-    assert sft.loop_flops(SHAPE, "transformers, 4", [2, 3], 4) == padded
+    assert sft.loop_flops(SHAPE, "transformers, 4", [2, 3], 4, []) == padded
 
 
 def test_products_have_the_flops_of_the_loop():
@@ -200,7 +200,7 @@ def test_products_have_the_flops_of_the_loop():
     products, done = sft.Products(SHAPE, documents, micro_tokens=16), []
     products.products = lambda rows, n_in, n_out: done.append(6 * rows * n_in * n_out)
     products.update(np.array([1, 2, 3]), 0.0)
-    assert sum(done) == sft.loop_flops(SHAPE, "its products", [9, 10, 4], 8 + 9 + 3)
+    assert sum(done) == sft.loop_flops(SHAPE, "its products", [9, 10, 4], 8 + 9 + 3, [])
 
 
 @pytest.fixture
@@ -230,11 +230,11 @@ def test_sft_rehearsal(base, chats, tmp_path):
 def test_flops_of_the_dpo_loops():
     """Ours makes the logits twice; padded loops compute a rectangle; TRL makes its logits twice."""
     lengths, head = [2, 3, 3, 3], 2 * 11 * 8
-    ours = sft.loop_flops(SHAPE, "ours", lengths, 7)
-    assert dpo.loop_flops(SHAPE, "ours", lengths, 7) == ours + head * 7
+    ours = sft.loop_flops(SHAPE, "ours", lengths, 7, [])
+    assert dpo.loop_flops(SHAPE, "ours", lengths, 7, []) == ours + head * 7
     padded = 4 * (3 * (6 * BLOCK * 3 + 12 * 9 * 8) + 3 * head * 3)
-    assert dpo.loop_flops(SHAPE, "transformers, 2", lengths, 7) == padded
-    assert dpo.loop_flops(SHAPE, "TRL, 2", lengths, 7) == padded + 4 * head * 3
+    assert dpo.loop_flops(SHAPE, "transformers, 2", lengths, 7, []) == padded
+    assert dpo.loop_flops(SHAPE, "TRL, 2", lengths, 7, []) == padded + 4 * head * 3
 
 
 @pytest.fixture

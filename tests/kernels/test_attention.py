@@ -291,7 +291,7 @@ def test_the_picture_of_tiles_shows_the_walks(monkeypatch):
 def alone_and_in_a_row(function, tree, before, after, dtype, device):
     """Results of one tree alone, and in a row in which all else is NaN."""
     n, offset = tokens_of(tree), sum(map(tokens_of, before))
-    inputs = make_inputs([n], 4, 2, 16, dtype)
+    inputs = make_inputs([n], 2, 1, 16, dtype)
     alone = run(function, *(x.to(device) for x in (*inputs, *row_of(tree))))
     row = row_of(*before, tree, *after)
     places = slice(offset, offset + n)
@@ -304,15 +304,15 @@ def alone_and_in_a_row(function, tree, before, after, dtype, device):
     return alone, [x[places] for x in results]
 
 
-@pytest.mark.parametrize("tree", [(37,), (200,), (30, (50,), (140,))], ids=str)
-@pytest.mark.parametrize("before", [[(3,)], [(128,), (70, (5,), (9,))]], ids=str)
+@pytest.mark.parametrize("tree", [(150,), (30, (50,), (130,))], ids=str)
+@pytest.mark.parametrize("before", [[(3,)], [(70, (5,), (9,))]], ids=str)
 @pytest.mark.parametrize("function", [attention, pytest.param(attention_triton, marks=kernel)])
 def test_a_document_has_the_same_bits_alone_and_anywhere(function, tree, before):
     """Output and gradients of a document or a pair; nothing of its neighbours is ever read."""
     triton_ = function is attention_triton
     dtype = SIXTEEN[-1] if triton_ else torch.float32
     device = DEVICE if triton_ else "cpu"
-    alone, in_row = alone_and_in_a_row(function, tree, before, [(61,)], dtype, device)
+    alone, in_row = alone_and_in_a_row(function, tree, before, [(9,)], dtype, device)
     for a, b in zip(alone, in_row, strict=True):
         assert torch.equal(a, b)
 
@@ -360,7 +360,8 @@ def test_torch_compile_takes_them_whole():
     compiled = torch.compile(
         attention_triton, backend="inductor" if GPU else backend, fullgraph=True, dynamic=True
     )
-    for trees in ([(5,), (3,)], [(8,)], [(1,), (9,)], [(5, (3,), (4,))], [(2,)] * 200):
+    # torch compiles again for sizes of 1, and where two that were alike at first are so no more.
+    for trees in ([(5,), (3,), (1,)], [(2,)] * 9, [(5, (3,), (4,))]):
         row = [x.to(DEVICE) for x in row_of(*trees)]
         inputs = [x.to(DEVICE) for x in make_inputs([len(row[0])], 2, 1, 16, torch.float16)]
         tiles = tiles_on_device(*row)

@@ -1,7 +1,9 @@
 """reference.py: log-probabilities against transformers', and the reference that is kept."""
 
 import contextlib
+import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -20,7 +22,7 @@ from checkpoint.reference_file import read_reference, reference_files, write_ref
 from checkpoint.weights import weights_key
 from harm import cut_short, flip_byte
 from model import Llama
-from pairs import loaded, their_logps
+from pairs import loaded, their_logps, write
 from program import files
 from program.errors import RunError
 from program.ranks import start
@@ -62,6 +64,78 @@ def computed(monkeypatch):
 
     monkeypatch.setattr(reference_module, "answer_logps", counted)
     return calls
+
+
+def test_a_prompt_that_stands_once_changes_nothing(base, preferences):
+    """Log-probabilities and gradients are those of two whole documents a pair."""
+    documents = Documents([preferences], base, 200, encode_pair, per_record=2)
+    model = Llama(read_config(base)).double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    pairs = np.arange(len(documents))
+    weights = torch.randn(len(pairs), 2, dtype=torch.float64, generator=generator)
+    assert documents.shared[:, 1].min() > 0 and documents.tokens.sum() < documents.lengths.sum()
+    results = []
+    for _ in range(2):
+        logps = answer_logps(model, documents, pairs, torch.device("cpu"))
+        gradients = torch.autograd.grad((logps * weights).sum(), list(model.parameters()))
+        results.append([logps.detach(), *gradients])
+        documents.shared[:] = 0
+    # In fp64, but for norms and losses, which are fp32: each right to 6e-8.
+    for once, twice in zip(*results, strict=True):
+        assert (once - twice).abs().max() <= 1e-6 * twice.abs().max()
+
+
+def test_the_first_loss_is_ln_2_on_any_packing(base, preferences):
+    """In fp32 to 1e-6: log-probabilities in rows of other pairs are the same but for rounding."""
+    model, device = loaded(base)
+    documents = Documents([preferences], base, 200, encode_pair, per_record=2)
+    pairs = np.arange(len(documents))
+    with torch.no_grad():
+        alone = torch.cat([answer_logps(model, documents, pairs[i : i + 1], device) for i in pairs])
+        for rows in (pairs, pairs[::-1].copy()), (pairs[:7], pairs[7:]), (pairs[::2], pairs[1::2]):
+            for row in rows if isinstance(rows[0], np.ndarray) else [rows]:
+                policy = answer_logps(model, documents, row, device)
+                losses, *_ = dpo.dpo_loss(*policy.T, *alone[row].T, beta=0.1)
+                assert abs(losses.double() - math.log(2)).max() < 1e-6
+
+
+def test_pairs_with_two_prompts_are_two_documents(base, preferences, tmp_path):
+    """Where the ids of the prompts differ (a cache that was made so): counted, said, and right."""
+    records = [json.loads(line) for line in open(preferences, encoding="utf-8")][:5]
+    path = write(tmp_path / "pairs.jsonl", records)
+    whole = Documents([path], base, 200, encode_pair, per_record=2)
+    cache = next(tmp_path.glob("pairs.jsonl.tokens-*")) / "tokens"
+    tokens = np.fromfile(cache, np.int32)
+    second = whole.lengths[0, 0] + 3  # a token of rejected's prompt in the first pair
+    tokens[second] = tokens[second] % 50 + 3
+    tokens.tofile(cache)
+    documents = Documents([path], base, 200, encode_pair, per_record=2)
+    assert documents.shared[0].tolist() == [0, 0] and documents.shared[1:, 1].min() > 0
+    assert documents.tokens[0] == documents.lengths[0].sum()
+    assert "1 pair with two prompts, computed twice each\n" in documents.summary()
+    assert "two prompts" not in whole.summary()
+    model, device = loaded(base)
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        ours = answer_logps(model, documents, np.arange(5), device)
+        torch.testing.assert_close(
+            ours, their_logps(theirs, documents, range(5)), rtol=1e-5, atol=1e-3
+        )
+
+
+def test_a_reference_of_rows_with_every_prompt_twice_is_not_taken(base, preferences):
+    """Its rounding is another: the name of the file that holds it is another, too."""
+    model, _ = loaded(base)
+    documents = Documents([preferences], base, 200, encode_pair, per_record=2)
+    config = dpo.DPOConfig(dtype="float32")
+    shape = dataclasses.asdict(model.config)
+    facts = json.dumps(["weights", shape, documents.key, config.max_seq_len, config.dtype])
+    older = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    for path in reference_files(model, documents, config, "weights"):
+        assert not path.name.endswith(older)
 
 
 def test_packed_answers_have_transformers_log_probabilities(base, preferences):

@@ -173,6 +173,17 @@ def test_flops_counted_by_hand():
     assert model_flops(config, [5, 2], 4) == 3 * forward
 
 
+def test_flops_of_a_pair_count_its_prompt_once():
+    """Prompt 3, answers 2 and 4: 9 tokens, and every query's keys counted, halved as above."""
+    config = LlamaConfig(11, 8, 12, 3, 4, 2, 2, 1e-5, 1e4, False)
+    per_token = 2 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 12)
+    # Squares of the lengths are twice the seen pairs, less half of the diagonal: 5² and 7², of
+    # which the prompt's 3² is in both.
+    attention = 2 * (2 * (5 * 5 + 7 * 7 - 3 * 3) * 4 * 2) / 2
+    forward = 3 * (9 * per_token + attention) + 2 * 8 * 11 * 6
+    assert model_flops(config, [5, 7], 6, shared=[0, 3]) == 3 * forward
+
+
 def test_flops_of_llama_2_7b_are_6n():
     """6.607 billion weights in matrix products (all but embedding and norms): 6 each a token, and
     6·T²·H·D a layer for attention: 3.22 GFLOP a token at T = 4,096."""
