@@ -45,6 +45,7 @@ from program.files import hold_file, written_aside
 from program.flags import check_bounds, parse_args
 from program.ranks import leave, start
 from selection import candidates, choose, embeddings, influence, report
+from selection.cost import scoring_flops
 from selection.probe import put_probes
 from selection.queries import make_queries
 from selection.scores import fill, missing, open_scores
@@ -214,6 +215,10 @@ def scores_of(config, model_config, documents, queries, device):
     unfinished = missing(scores).any()
     dist.barrier()
     if unfinished:
+        trained = documents.trained_counts.sum()
+        flops = scoring_flops(model_config, config.method, documents.lengths[:, 0], trained, config)
+        if dist.get_rank() == 0:
+            print(f"{config.method}: {flops:.1e} FLOP for all conversations")
         model.to_empty(device=device)
         load_hf(model, config.model)
         compute = less if config.method == "less" else score_rows
