@@ -5,8 +5,9 @@
     python prune.py --make-queries mmlu gsm8k bbh --eval-data DIR --out queries.jsonl
 
 FILE.jsonl gets the conversations that are kept, as they stand in the data and in its order;
-FILE.scores.jsonl a line for every one, kept or not. Scores stay in a folder beside them: the same
-command goes on after an interruption, and another --keep or --select takes no second pass.
+FILE.scores.jsonl a line for every one, kept or not: `record`, its line from 1, `dataset`, `id`, its
+best `score`, the `query` that gives it, from 1, `tokens` and `kept`. Scores stay in a folder beside
+them: the same command goes on after an interruption, and another --keep or --select is free.
 
     rds          cosine of the mean hidden state to each query's (selection/embeddings.py)
     less         what a step on it would do to each query's loss (selection/influence.py)
