@@ -33,7 +33,7 @@ from selection.embeddings import answer_losses
 from tokens.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("rds", "less", "random")
+METHODS = ("rds", "less", "balanced", "random")
 SOURCE = "gsm8k"
 
 
