@@ -4,6 +4,7 @@
     python plot.py dpo runs/x/metrics.jsonl --out dpo.png          loss, margin and accuracy
     python plot.py kernels results/gpu/kernels.json --out kernels.png
     python plot.py packing results/packing.json --out packing.png
+    python plot.py prune kept.scores.jsonl --out prune.png         scores by source, kept or not
 
 Nothing is drawn that is not in the file. `--note` adds to the title what the file does not say,
 such as the commit of a run. results/README.md has the commands of the pictures in results/. Needs
@@ -214,6 +215,36 @@ def segments(results, members, width):
     return spans
 
 
+def plot_prune(scores_path, png_path, note=""):
+    """For each source of a FILE.scores.jsonl, how many conversations have which score."""
+    sources = {}
+    try:
+        with open(scores_path, encoding="utf-8") as file:
+            for line in map(json.loads, file):
+                scores = sources.setdefault(line["dataset"], ([], []))
+                scores[line["kept"]].append(line["score"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{scores_path}: {error!r}, expected prune.py's scores") from None
+    if not sources:
+        raise InputError(f"{scores_path}: no scores in it, expected prune.py's")
+    figure, axes = plt.subplots(
+        len(sources), 1, sharex=True, squeeze=False, layout="constrained",
+        figsize=(8, 1.2 + 1.5 * len(sources)),
+    )  # fmt: skip
+    everything = [score for both in sources.values() for scores in both for score in scores]
+    low, high = min(everything), max(everything)
+    edges = [low + (high - low or 1) * k / 50 for k in range(51)]
+    for axis, (name, (left, kept)) in zip(axes[:, 0], sources.items(), strict=True):
+        axis.hist([kept, left], edges, stacked=True, color=["#08519c", "#9ecae1"])
+        total = len(kept) + len(left)
+        axis.set_title(f"{name}: {len(kept):,} of {total:,} kept", fontsize=10, loc="left")
+        axis.set(ylabel="conversations")
+    axes[-1, 0].set(xlabel="score")
+    axes[0, 0].legend([Patch(color="#08519c"), Patch(color="#9ecae1")], ["kept", "not kept"])
+    figure.suptitle(" · ".join(part for part in (Path(scores_path).name, note) if part))
+    save(figure, png_path)
+
+
 def facts(results, subject, note):
     """What was measured, on what, by which commit, and when."""
     timed = "dtype" in results  # else it was counted, and the device does not matter
@@ -231,7 +262,10 @@ def save(figure, png_path):
     plt.close(figure)
 
 
-PLOTS = {"sft": plot_sft, "dpo": plot_dpo, "kernels": plot_kernels, "packing": plot_packing}
+PLOTS = {
+    "sft": plot_sft, "dpo": plot_dpo, "kernels": plot_kernels, "packing": plot_packing,
+    "prune": plot_prune,
+}  # fmt: skip
 
 
 def main():

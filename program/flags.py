@@ -39,6 +39,11 @@ BOUNDS = {
     "lora_rank": (0, math.inf),
     "lora_alpha": (0, math.inf),
     "lora_dropout": (0, 1),
+    "projection": (1, math.inf),
+    "probe_rank": (1, math.inf),
+    "warmup_share": (0, 1),
+    "warmup_epochs": (1, math.inf),
+    "warmup_lr": (0, math.inf),
     "show": (0, math.inf),
     "slots": (1, math.inf),
     "context": (0, math.inf),
@@ -51,7 +56,7 @@ BOUNDS = {
 }
 # Bounds that are not allowed.
 EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "eval_share": 1, "top_p": 0}
-EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1}
+EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1, "warmup_share": 0}
 
 # What a flag that is a word may say.
 WORDS = {"dtype": ("bfloat16", "float32"), "too_long": ("cut", "drop", "error")}
@@ -84,7 +89,7 @@ MAY_CHANGE_ON_RESUME = {
 MAY_BE_EMPTY = {"prompt", "system"}  # texts
 
 # What --help calls the values of a list that does not hold paths.
-METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME"}
+METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME", "make_queries": "TASK"}
 
 
 def parse_args(config_class, argv=None):

@@ -239,3 +239,19 @@ def test_packing_is_drawn_to_scale(tmp_path, drawn):
     assert packed.get_shared_x_axes().joined(packed, padded)  # one scale
     facts = packed.figure.get_suptitle()
     assert "17 conversations of chats.jsonl" in facts and "commit 0123456" in facts
+
+
+def test_scores_are_drawn_by_source(tmp_path, drawn):
+    """Every conversation in one bar of its source, kept ones apart; another file is refused."""
+    path, lines = tmp_path / "kept.scores.jsonl", []
+    for k in range(30):
+        lines.append({"dataset": "ab"[k % 3 == 0], "score": k / 30, "kept": k >= 20})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    axes = drawn(plot.plot_prune, path, tmp_path / "prune.png")
+    assert [axis.get_title("left") for axis in axes] == ["b: 3 of 10 kept", "a: 7 of 20 kept"]
+    for axis, kept, total in zip(axes, (3, 7), (10, 20), strict=True):
+        heights = [[bar.get_height() for bar in bars] for bars in axis.containers]
+        assert [sum(each) for each in heights] == [kept, total - kept]
+    path.write_text('{"step": 1}\n')
+    with pytest.raises(InputError, match="expected prune.py's scores"):
+        plot.plot_prune(path, tmp_path / "prune.png")

@@ -18,7 +18,8 @@ FLOORS = [
     {"training", "decoding", "tulu_mixture"},
     {"demo"},
     {"evals"},
-    {"sft", "dpo", "generate", "evaluate", "mixture", "plot", "plan"},
+    {"selection"},
+    {"sft", "dpo", "generate", "evaluate", "mixture", "plot", "plan", "prune"},
     {"benchmarks"},
     {"bench"},
 ]

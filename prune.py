@@ -1,0 +1,288 @@
+"""Choose the part of a data set that serves some queries best.
+
+    python prune.py --model DIR --data MIXTURE --queries FILE --keep 10000 --out FILE.jsonl
+    torchrun --nproc_per_node 8 prune.py …                  each GPU scores a share of the data
+    python prune.py --make-queries mmlu gsm8k bbh --eval-data DIR --out queries.jsonl
+
+FILE.jsonl gets the conversations that are kept, as they stand in the data and in its order;
+FILE.scores.jsonl a line for every one, kept or not: `record`, its line from 1, `dataset`, `id`, its
+best `score`, the `query` that gives it, from 1, `tokens` and `kept`. Scores stay in a folder beside
+them: the same command goes on after an interruption, and another --keep or --select is free.
+
+    rds          cosine of the mean hidden state to each query's (selection/embeddings.py)
+    less         what a step on it would do to each query's loss (selection/influence.py)
+    perplexity   the answers that surprise the model most
+    ifd          those that the prompt helps least, of those that it helps
+    length       the longest answers
+    balanced     as many of each source (`dataset`), drawn at random
+    random       drawn at random
+
+Of rds and less, --select says how queries share what is kept: `queries`, each in turn takes its
+best (the default for queries of one task); `tasks`, each task in turn (for several); `global`, the
+best score of all. Ties are broken by the order of the data. With millions of conversations a random
+choice is hard to beat (arXiv 2410.09335); compare with `balanced` before you believe a score.
+"""
+
+from program import threads  # noqa: F401, before torch
+
+# isort: split
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from checkpoint.config import read_config
+from checkpoint.weights import find_tensors, load_hf, weights_key
+from data import best_fit_decreasing
+from model import Llama
+from program.errors import InputError, RunError, reported
+from program.files import hold_file, written_aside
+from program.flags import check_bounds, parse_args
+from program.ranks import leave, start
+from selection import candidates, choose, embeddings, influence, report
+from selection.cost import scoring_flops
+from selection.probe import put_probes
+from selection.queries import make_queries
+from selection.scores import fill, missing, open_scores
+from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.records import encode_conversation
+from tokens.report import print_lengths
+from tokens.tokenizer import Tokenizer
+
+BY_QUERIES = ("rds", "less")
+BY_MODEL = (*BY_QUERIES, "perplexity", "ifd")
+METHODS = (*BY_MODEL, "length", "balanced", "random")
+FORMAT = 1  # of the scores; a new number computes all again
+LESS_GROUP = 64  # conversations whose scores by less are saved together
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """The flags of prune.py; max_seq_len and less's are the papers'."""
+
+    model: str | None = None  # Hugging Face folder of the Llama that reads the data
+    data: list[str] | None = None  # conversations, as for sft.py
+    queries: list[str] | None = None  # conversations or pairs of what the model should be good at
+    keep: int = 10_000  # conversations to keep
+    out: str | None = None  # a .jsonl for them; FILE.scores.jsonl beside it
+    method: str = "rds"  # rds, less, perplexity, ifd, length, balanced or random
+    select: str | None = None  # tasks, queries or global (default: by the number of tasks)
+    drop_duplicates: bool = False  # of equal conversations keep at most the first
+    compare: list[str] | None = None  # other FILE.scores.jsonl: say how many rows they share
+    max_seq_len: int = 2048  # tokens; a longer conversation is cut on the right
+    micro_tokens: int = 16384  # most tokens in one forward pass of one rank
+    seed: int = 42  # of random choices, and of less
+    dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
+    projection: int = 8192  # less: numbers that a gradient is projected to
+    probe_rank: int = 16  # less: rank of the probe whose gradients are taken
+    warmup_share: float = 0.05  # less: share of the data that the probe is trained on first
+    warmup_epochs: int = 4  # less: passes over that share, each of which ends in a checkpoint
+    warmup_lr: float = 2e-5  # less: peak learning rate of the probe
+    make_queries: list[str] | None = None  # write the examples of mmlu, gsm8k, bbh, tydiqa to --out
+    eval_data: str | None = None  # with it: the folder of the tasks' folders, as for evaluate.py
+
+
+def main(flags):
+    rank, _, device = start()
+    config = with_defaults(PruneConfig(**flags), device)
+    out = Path(config.out)
+    if config.make_queries:
+        records = make_queries(config.make_queries, config.eval_data)
+        if rank == 0:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with written_aside(out) as file:
+                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+            print(f"{out}: {amount(len(records), 'queries')} of {', '.join(config.make_queries)}")
+        return
+    model_config, tokenizer = read_config(config.model), Tokenizer(config.model)
+    tokenizer.check_fits(model_config.vocab_size)
+    documents = documents_of(config.data, config, encode_conversation)
+    queries = None
+    if config.method in BY_QUERIES:
+        queries = documents_of(config.queries, config, candidates.encode_query)
+        if queries.skipped:
+            raise InputError(f"{queries.paths[0]}: {queries.skipped} queries without an answer")
+    if rank == 0:
+        print(documents.summary())
+        sources, ids, original = candidates.describe(documents)
+        first = original == np.arange(len(documents))
+        print(f"{amount(int((~first).sum()), 'exact duplicates')} of another conversation")
+        allowed = first | (not config.drop_duplicates)
+        if allowed.sum() < config.keep:
+            raise InputError(
+                f"--keep is {config.keep}, expected at most {allowed.sum()}, the conversations"
+            )
+        others = report.read_choices(config.compare or [], len(documents))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = hold_file(f"{out}.lock", out)
+    try:
+        scores = scores_of(config, model_config, documents, queries, device)
+        if rank == 0:
+            chosen = choice(config, scores, queries, sources, allowed)
+            best, query = choose.best_queries(scores)
+            query = None if queries is None else query
+            candidates.write_scores(scores_path(out), documents, sources, ids, best, query, chosen)
+            candidates.write_kept(out, documents, chosen)
+            report.print_sources(sources, documents.tokens, chosen)
+            print_lengths(documents.tokens[chosen])
+            if config.method in BY_MODEL:
+                report.print_extremes(tokenizer, documents, queries, best, query, allowed)
+            report.print_shared(others, chosen)
+            print(f"{out}: what is kept; {scores_path(out)}: every score")
+    finally:
+        if rank == 0:
+            os.unlink(lock.name)
+            lock.close()
+
+
+def with_defaults(config, device):
+    """The config with its defaults filled in. Raises `InputError` for a bad value of a flag."""
+    check_bounds(config)
+    out = Path(config.out or "")
+    if out.suffix != ".jsonl" or out.is_dir():
+        raise InputError(f"--out is {config.out}, expected a file whose name ends in .jsonl")
+    if config.make_queries:
+        if out.exists():
+            raise InputError(f"--out {out}: exists, expected a new file")
+        return config
+    for name in ("model", "data", *(["queries"] if config.method in BY_QUERIES else [])):
+        if getattr(config, name) is None:
+            raise InputError(f"found no --{name}, expected one with --method {config.method}")
+    if config.method not in METHODS:
+        raise InputError(f"--method is {config.method}, expected one of {', '.join(METHODS)}")
+    if config.select not in (None, *choose.SELECTIONS):
+        expected = ", ".join(choose.SELECTIONS)
+        raise InputError(f"--select is {config.select}, expected one of {expected}")
+    for path in map(Path, [*config.data, *(config.queries or [])]):
+        if path.resolve() in (out.resolve(), out.resolve().parent):
+            raise InputError(f"--out {out}: among --data or --queries, expected another place")
+    if out.exists() and not scores_path(out).exists():
+        raise InputError(f"--out {out}: exists, and is not prune.py's, expected a new file")
+    dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    return dataclasses.replace(config, dtype=dtype)
+
+
+def documents_of(paths, config, encode):
+    documents = Documents(paths, config.model, config.max_seq_len, encode, Path(config.out).parent)
+    check_micro_tokens(documents, config.micro_tokens)
+    return documents
+
+
+def scores_path(out):
+    return out.with_name(f"{out.stem}.scores.jsonl")
+
+
+def choice(config, scores, queries, sources, allowed):
+    """The candidates to keep, in the order of the data."""
+    if config.method in BY_QUERIES:
+        tasks = candidates.tasks_of(queries)
+        select = config.select or ("tasks" if len(set(tasks)) > 1 else "queries")
+        mean = config.method == "less"
+        chosen = choose.by_queries(scores, tasks, allowed, config.keep, select, mean)
+    elif config.method == "balanced":
+        chosen = choose.by_source(scores[0], sources, allowed, config.keep)
+    else:
+        row = np.array(scores[0])
+        if config.method == "ifd":  # where the prompt does harm, it is not the answer's: last
+            row = np.where(row < 1, row, -row)
+        chosen = choose.ranking(row, allowed, config.keep)
+    return np.sort(chosen)
+
+
+# ---- Scores
+
+
+def scores_of(config, model_config, documents, queries, device):
+    """Scores (queries, candidates) fp32 by the method; one row where there are no queries.
+
+    What a model computes is kept in a folder beside --out, whose name has a hash of all that it
+    depends on.
+    """
+    if config.method not in BY_MODEL:
+        draws = np.random.default_rng(config.seed).random(len(documents))
+        lengths = documents.trained_counts[:, 0]
+        return (lengths if config.method == "length" else draws)[None].astype(np.float32)
+    with torch.device("meta"):
+        model = Llama(model_config).to(getattr(torch, config.dtype))
+    find_tensors(model, config.model)
+    folder = scores_folder(config, documents, queries, device)
+    scores = open_scores(folder / "scores", (len(queries) if queries else 1, len(documents)))
+    unfinished = missing(scores).any()
+    dist.barrier()
+    if unfinished:
+        trained = documents.trained_counts.sum()
+        flops = scoring_flops(model_config, config.method, documents.lengths[:, 0], trained, config)
+        if dist.get_rank() == 0:
+            print(f"{config.method}: {flops:.1e} FLOP for all conversations")
+        model.to_empty(device=device)
+        load_hf(model, config.model)
+        compute = less if config.method == "less" else score_rows
+        compute(scores, model, documents, queries, config, folder, device)
+    if bad := np.flatnonzero(missing(scores)).tolist():
+        raise RunError(f"no finite score for {', '.join(documents.names(bad[:5]))}")
+    return scores
+
+
+def scores_folder(config, documents, queries, device):
+    names = ["method", "max_seq_len", "dtype"]
+    if config.method == "less":
+        names += ["seed", "projection", "probe_rank", "warmup_share", "warmup_epochs", "warmup_lr"]
+    facts = {name: getattr(config, name) for name in names} | {"format": FORMAT}
+    facts |= {"weights": weights_key(config.model), "device": device.type, "data": documents.key}
+    facts |= {"queries": queries.key if queries else None}
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return Path(config.out).parent / f"scores-{config.method}-{key}"
+
+
+def score_rows(scores, model, documents, queries, config, folder, device):
+    """Fill scores by one forward pass of packed rows: rds, perplexity and ifd."""
+    longest_first = np.argsort(-documents.tokens, kind="stable").tolist()
+    rows = best_fit_decreasing(documents.tokens, longest_first, config.micro_tokens)
+    if config.method == "rds":
+        longest = np.argsort(-queries.tokens, kind="stable").tolist()
+        asked = torch.empty(len(queries), model.config.hidden_size, device=device)
+        for row in best_fit_decreasing(queries.tokens, longest, config.micro_tokens):
+            asked[row] = embeddings.embeddings(model, queries.sequences(row), device)
+
+    def score(row):
+        sequences = documents.sequences(row)
+        if config.method == "rds":
+            own = embeddings.embeddings(model, sequences, device)
+            return (asked @ own.T).cpu().numpy()
+        return getattr(embeddings, config.method)(model, sequences, device)[None].cpu().numpy()
+
+    fill(scores, rows, documents.tokens, score, config.method)
+
+
+def less(scores, model, documents, queries, config, folder, device):
+    """Fill scores by (2) of selection/influence.py, checkpoint after checkpoint."""
+    parameters = put_probes(model, config.probe_rank, config.seed)
+    influence.warm_up(model, parameters, documents, config, folder, device)
+    longest_first = np.argsort(-documents.tokens, kind="stable").tolist()
+    groups = [longest_first[k : k + LESS_GROUP] for k in range(0, len(longest_first), LESS_GROUP)]
+    rates, parts = [], []
+    for number, path in enumerate(influence.checkpoints(folder, config), 1):
+        parts.append(open_scores(folder / f"scores-{number}", scores.shape))
+        rate, score = influence.scorer(model, parameters, queries, config, path, device)
+        rates.append(rate)
+        what = f"less, checkpoint {number} of {config.warmup_epochs}"
+        fill(parts[-1], groups, documents.tokens,
+             lambda group, score=score: score(documents.sequences(group)), what)  # fmt: skip
+    if dist.get_rank() == 0:
+        for q in range(len(scores)):
+            scores[q] = sum(r / sum(rates) * p[q] for r, p in zip(rates, parts, strict=True))
+        scores.flush()
+        influence.tidy(folder)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    with reported():
+        main(parse_args(PruneConfig))
+        leave()

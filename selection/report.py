@@ -1,0 +1,81 @@
+"""What prune.py says of a choice: how much of each source, how long, the best, the worst."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from program.errors import InputError
+
+
+def print_sources(sources, tokens, chosen):
+    """Kept and all conversations by source, and their mean length."""
+    all_of, kept = Counter(sources), Counter(sources[i] for i in chosen)
+    print(f"{'source':30}{'kept':>10}{'of':>10}{'share':>8}{'mean tokens':>14}{'of all':>8}")
+    of_source = {name: [] for name in all_of}
+    for i, name in enumerate(sources):
+        of_source[name].append(i)
+    own = set(chosen.tolist())
+    rows = [(name, members) for name, members in of_source.items()]
+    for name, members in [*rows, ("total", range(len(sources)))]:
+        picked = [i for i in members if i in own]
+        count = len(chosen) if name == "total" else kept[name]
+        mean = f"{tokens[picked].mean():,.0f}" if picked else "-"
+        share = count / len(chosen)
+        print(
+            f"{name[:29]:30}{count:>10,}{len(members):>10,}{share:>8.1%}{mean:>14}"
+            f"{tokens[list(members)].mean():>8,.0f}"
+        )
+
+
+def print_extremes(tokenizer, documents, queries, best, query, allowed):
+    """The three candidates of the highest and of the lowest score, each with its query."""
+    candidates = np.flatnonzero(allowed)
+    order = candidates[np.argsort(-best[candidates], kind="stable")]
+    for title, some in (("highest scores", order[:3]), ("lowest", order[-3:])):
+        print(f"{title}:")
+        for i in some:
+            print(f"  {best[i]:.4f}  {beginning(tokenizer, documents, i)}")
+            if query is not None:
+                asked = beginning(tokenizer, queries, query[i])
+                print(f"          for query {query[i] + 1}: {asked}")
+
+
+def beginning(tokenizer, documents, i):
+    """The first words of a conversation, on one line."""
+    ((ids, _),) = documents[i]
+    text = " ".join(tokenizer.decode(ids[:60].tolist()).split())
+    return text if len(text) <= 90 else text[:89] + "…"
+
+
+def read_choices(paths, candidates):
+    """`{path: kept}` of other choices from the same data, each a FILE.scores.jsonl: lists of bool.
+
+    Raises `InputError` for a file of another kind or another number of candidates.
+    """
+    choices = {}
+    for path in map(Path, paths):
+        try:
+            with open(path, encoding="utf-8") as file:
+                kept = [json.loads(line)["kept"] for line in file]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--compare {path}: {error}, expected a FILE.scores.jsonl") from None
+        if len(kept) != candidates:
+            raise InputError(
+                f"--compare {path}: {len(kept):,} candidates, expected the {candidates:,} of "
+                "this data"
+            )
+        choices[path] = kept
+    return choices
+
+
+def print_shared(choices, chosen):
+    """How many kept conversations each other choice has in common with this one."""
+    for path, kept in choices.items():
+        shared = sum(kept[i] for i in chosen)
+        expected = len(chosen) * sum(kept) / len(kept)
+        print(
+            f"{path}: {shared:,} of its {sum(kept):,} kept are kept here, too; by chance it would "
+            f"be {expected:,.0f}"
+        )
