@@ -126,7 +126,7 @@ def load_hf(model, folder):
     for name, parameter in model.named_parameters():
         local, first = local_rows(parameter.detach())
         with safe_open(files[name], "pt") as file:
-            rows = file.get_slice(name)[first : first + len(local)]
+            rows = file.get_slice(name)[first : first + len(local)].to(local.device)
             # The extremes of rows with a NaN are NaN. (`isfinite` is 20 times slower here.)
             if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():
                 problems.append(f"{files[name]}: {name} holds values that are not finite")

@@ -115,12 +115,13 @@ class Records:
 
 
 def answer_all(
-    generator, records, items, prompt, score, sampling, per_rank=64, group_by=None, mapper=map
+    generator, records, items, prompt, score, sampling, per_rank=None, group_by=None, mapper=map
 ):
     """Answer every item that has no record yet; the records of all items, in their order.
 
     prompt(item): the prompt's token ids, and a dict of what else the record shall hold.
-    score(item, text): the verdict on an answer, a dict. per_rank, group_by: see `Records.pending`.
+    score(item, text): the verdict on an answer, a dict. per_rank, group_by: see `Records.pending`;
+    by default a batch is 64 items, on a GPU several for each sequence that it may hold at a time.
     mapper: calls `score` as `map` does; the `map` of a thread pool scores several answers at once.
 
     A sampled answer depends on its item and `sampling.seed`, not on the other items.
@@ -130,6 +131,7 @@ def answer_all(
         return generator.tokenizer.visible(prompt(item)[0])
 
     settings = dataclasses.asdict(sampling)
+    per_rank = per_rank or max(64, 4 * generator.most)
     for batch in records.pending(items, per_rank, group_by, prompt_text, settings):
         prompts = [prompt(item) for item in batch]
         seeds = [seed_of(item) for item in batch]
