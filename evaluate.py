@@ -103,6 +103,7 @@ def main(flags):
         config.model, device, getattr(torch, config.dtype), run["context"], config.slots,
         config.compile,
     )  # fmt: skip
+    records.per_rank = max(records.per_rank, 4 * generator.most)  # a GPU may hold hundreds
     dist.barrier()  # all ranks have read `lines` before rank 0 adds to it
     if rank == 0:
         append_record(lines, {"event": "start", "run": run, "items_sha256": hashes})

@@ -11,7 +11,7 @@ import torch
 
 from decoding.cuda_graphs import GraphedStep
 from decoding.kv_cache import DecodeStep, Extension, KVCache, prompt_row
-from decoding.room import MOST, ON_CPU, ROW_TOKENS, STEP, gpu_of, slots_that_fit
+from decoding.room import GPU_STEP, MOST, ON_CPU, ROW_TOKENS, STEP, gpu_of, slots_that_fit
 from program.errors import InputError
 from program.hardware import on_device
 
@@ -44,10 +44,11 @@ class CachedModel:
             raise InputError(
                 f"a prompt and its answer have {tokens} tokens, expected at most {self.context}"
             )
-        # Rounded up, so that a slightly longer prompt the next time needs no new cache.
-        capacity, slots = -(-tokens // STEP) * STEP, self.slots
+        step = GPU_STEP if self.by_memory else STEP
+        capacity, slots = -(-tokens // step) * step, self.slots
         if self.by_memory:
-            free = gpu_of(self.device).free + (self.cache.both.nbytes if self.cache else 0)
+            held = sum(tensor.nbytes for tensor in self.cache.both) if self.cache else 0
+            free = gpu_of(self.device).free + held
             slots = slots_that_fit(self.model.config, self.dtype, capacity, sequences, free)
         if self.cache is None or self.cache.capacity < tokens or slots >= 2 * self.slots:
             self.cache = None  # frees the old one first

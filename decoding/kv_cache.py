@@ -27,27 +27,29 @@ class KVCache:
 
     keys and values are lists of (slots, Hk, S, D), one a layer: 2·layers·Hk·D elements per token
     (512 KiB for Llama 2 7B in bf16). A key/value head is stored once, and read by its whole group.
-    Both are views of `both`, in which all layers of a sequence are copied at once.
+    They are views of two tensors, in which all layers of a sequence are copied at once. (Were they
+    views of one, the compiled block would copy the whole cache before it changes part of it.)
     """
 
     def __init__(self, config, slots, capacity, device, dtype):
         self.slots, self.capacity, self.device = slots, capacity, device
         self.group = config.num_attention_heads // config.num_key_value_heads
         layers, Hk = config.num_hidden_layers, config.num_key_value_heads
-        shape = (2, layers, slots, Hk, capacity, config.head_dim)
+        shape = (layers, slots, Hk, capacity, config.head_dim)
         # Zeros: masked scores of memory never written could be NaN, and NaN · 0 is NaN.
         try:
-            self.both = torch.zeros(shape, device=device, dtype=dtype)
+            self.both = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)]
         except torch.OutOfMemoryError:
             raise RunError(
                 f"the GPU has no room for the keys and values of {slots} times {capacity} tokens: "
                 "try fewer --slots or a smaller --context"
             ) from None
-        self.keys, self.values = (half.unbind() for half in self.both)
+        self.keys, self.values = (tensor.unbind() for tensor in self.both)
 
     def copy(self, source, target, length):
         """Give slot `target` the first `length` tokens of slot `source`."""
-        self.both[:, :, target, :, :length] = self.both[:, :, source, :, :length]
+        for tensor in self.both:
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]
 
 
 class CachedRow:

@@ -16,7 +16,8 @@ ON_CPU = 16  # sequences at a time
 # More do not pay: at 256 a step of 7B multiplies about as long as it reads weights, and every
 # further sequence adds the time in which its own keys and values are read.
 MOST = 256
-STEP = 256  # a cache's room for tokens is a multiple of it
+STEP = 256  # tokens: a cache's room is a multiple of it, so that the next prompts need no new one
+GPU_STEP = 64  # on a GPU, where room is dear and a new one cheap
 GIB = 1 << 30
 
 

@@ -54,10 +54,11 @@ class Records:
     def __init__(self, path, earlier=()):
         """earlier: the records that `path` holds already."""
         self.path, self.task, self.known, self.keys = path, None, {}, {}
+        self.per_rank = 64  # items of a batch, where no other number is asked for
         for record in earlier:
             self.known[record["task"], record["id"]] = record
 
-    def pending(self, items, per_rank=64, group_by=None, prompt=None, settings=None):
+    def pending(self, items, per_rank=None, group_by=None, prompt=None, settings=None):
         """Yield this rank's items that have no record, in batches of at most `per_rank`.
 
         The records of a batch must be `add`ed before the next batch. A progress bar is shown.
@@ -67,7 +68,7 @@ class Records:
         computes that beginning once. prompt(item): its prompt as text, by default not compared.
         settings: what else decides the answers of this task, as JSON takes it.
         """
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, world, per_rank = dist.get_rank(), dist.get_world_size(), per_rank or self.per_rank
         self.keys = {item["id"]: digest_of([item, settings]) for item in items}
         left = [item for item in items if not self.is_answered(item, prompt)]
         changed = sum((self.task, item["id"]) in self.known for item in left)
@@ -120,8 +121,7 @@ def answer_all(
     """Answer every item that has no record yet; the records of all items, in their order.
 
     prompt(item): the prompt's token ids, and a dict of what else the record shall hold.
-    score(item, text): the verdict on an answer, a dict. per_rank, group_by: see `Records.pending`;
-    by default a batch is 64 items, on a GPU several for each sequence that it may hold at a time.
+    score(item, text): the verdict on an answer, a dict. per_rank, group_by: see `Records.pending`.
     mapper: calls `score` as `map` does; the `map` of a thread pool scores several answers at once.
 
     A sampled answer depends on its item and `sampling.seed`, not on the other items.
@@ -131,7 +131,6 @@ def answer_all(
         return generator.tokenizer.visible(prompt(item)[0])
 
     settings = dataclasses.asdict(sampling)
-    per_rank = per_rank or max(64, 4 * generator.most)
     for batch in records.pending(items, per_rank, group_by, prompt_text, settings):
         prompts = [prompt(item) for item in batch]
         seeds = [seed_of(item) for item in batch]
