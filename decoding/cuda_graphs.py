@@ -20,8 +20,13 @@ from model import rotary_angles
 from program.hardware import on_device
 
 
-def block_step(block, x, cos, sin, keys, values, positions):
-    """x (B, E) after one block, with the new tokens' keys and values put into its cache."""
+def block_step(block, config, x, keys, values, positions):
+    """x (B, E) after one block, with the new tokens' keys and values put into its cache.
+
+    What torch.compile sees as one size stays one: of its arguments no two sizes are equal by chance
+    (B and D, say, in cos and sin), for then it would compile again when they differ.
+    """
+    cos, sin = rotary_angles(positions, config, x.dtype)
 
     def attend(q, k, v):
         return decode_attention(q, k, v, keys, values, positions)
@@ -72,9 +77,8 @@ class GraphedStep:
         """Logits (B, V) of tokens (B,) at positions (B,); as `Llama.forward`, for a step."""
         decoder = self.model.model
         x = decoder.embed_tokens(tokens)  # (B, E)
-        cos, sin = rotary_angles(positions, decoder.config, x.dtype)
         for block, keys, values in zip(decoder.layers, cache.keys, cache.values, strict=True):
-            x = self.block(block, x, cos, sin, keys, values, positions)
+            x = self.block(block, decoder.config, x, keys.flatten(1), values.flatten(1), positions)
         return self.model.head(decoder.norm(x))
 
     def record(self, inputs, cache):

@@ -114,7 +114,7 @@ def decode_blocks(dtype):
     tuned on a chip; tests/kernels/test_kernels_compiled.py compiles all of them.
     """
     if dtype.itemsize == 4:  # runs without tensor cores: it is there to check the others by
-        return {"BN": 16, "num_warps": 4, "num_stages": 1}
+        return {"BN": 32, "num_warps": 8, "num_stages": 1}
     return {"BN": 64, "num_warps": 4, "num_stages": 3}
 
 
@@ -139,10 +139,12 @@ def decode_attention(
 ) -> torch.Tensor:  # fmt: skip
     """out (B, H, D) of the new tokens, whose keys and values are put into the cache.
 
-    q (B, H, D), k and v (B, Hk, D) of the new tokens; keys and values (slots, Hk, S, D), of which
-    the first B slots are used; positions (B,) int64, each below S: the tokens before the new one.
+    q (B, H, D), k and v (B, Hk, D) of the new tokens; keys and values (slots, Hk·S·D), in memory
+    (slots, Hk, S, D), of which the first B slots are used; positions (B,) int64, each below S: the
+    tokens before the new one.
     """
-    (B, H, D), (_, Hk, S, _) = q.shape, keys.shape
+    (B, H, D), Hk = q.shape, k.shape[1]
+    S = keys.shape[1] // (Hk * D)
     assert takes(D), f"head size {D}, expected a multiple of 16 up to 128"
     assert keys.is_contiguous() and values.is_contiguous(), (keys.stride(), values.stride())
     q, k, v = (x.contiguous() for x in (q, k, v))

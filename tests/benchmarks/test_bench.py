@@ -305,12 +305,12 @@ def test_generate_rehearsal(tmp_path, real_data, monkeypatch):
 
     monkeypatch.setattr(generate, "alone", alone)
     figures = generate.main(
-        ["--toy", "--alone", "--prompts", "9", "--rounds", "1", "--out", str(out),
+        ["--toy", "--alone", "--prompts", "5", "--rounds", "1", "--out", str(out),
          "--data", str(real_data / "eval/gsm8k/test.jsonl"),
          "--tokenizer", str(real_data / "llama2-tokenizer")]
     )  # fmt: skip
     assert json.loads(out.read_text())["figures"] == figures
-    assert [f["prompts"] for f in figures.values()] == [2, 9]
+    assert [f["prompts"] for f in figures.values()] == [1, 5]
     for batch in figures.values():
         assert batch["different_answers"] == 0 and batch["new_tokens"] > 40 * batch["prompts"]
         rates, seconds = batch["tokens_per_second"], batch["seconds"]

@@ -55,7 +55,7 @@ def test_recorded_steps_give_the_same_tokens(name, compile, monkeypatch):
 @INTERPRETED
 def test_one_block_is_compiled_for_all(monkeypatch):
     """Once for one sequence and once for several, whatever their number, the layer and the cache;
-    and in one graph each."""
+    and in one graph each. Also where there are, by chance, as many as a head has elements."""
     ours, _ = make_pair(MODELS["2:1, like Code Llama"])
     compiled, compile, aot_eager = [], torch.compile, lookup_backend("aot_eager")
 
@@ -64,17 +64,21 @@ def test_one_block_is_compiled_for_all(monkeypatch):
         return aot_eager(graph, inputs)
 
     monkeypatch.setattr(torch, "compile", partial(compile, backend=backend, fullgraph=True))
-    generator, prompts = graphed(ours, monkeypatch, slots=5), make_prompts(6)
-    expected = TextGenerator(ours, Numbers(), slots=5)
+    generator, prompts = graphed(ours, monkeypatch, slots=16), make_prompts(16)
+    expected = TextGenerator(ours, Numbers(), slots=16)
     for batch in (prompts[:1], prompts, [prompts[1] * 9], [prompts[1] * 18] + prompts[:2]):
-        answers = generator.generate(batch, Sampling(3))
-        assert [a.ids for a in answers] == [a.ids for a in expected.generate(batch, Sampling(3))]
+        answers = generator.generate(batch, Sampling(2))
+        assert [a.ids for a in answers] == [a.ids for a in expected.generate(batch, Sampling(2))]
     cache = generator.cached.cache
     assert cache.capacity == 768  # the third one
     # Changed arguments that share memory would be copied whole, in each layer, by torch.compile.
     storages = {x.untyped_storage().data_ptr() for x in (cache.keys[0], cache.values[0])}
     assert len(storages) == 2
-    assert len(compiled) == 2
+    # torch begins the first one again: it learns on the way that rope_theta is one number.
+    assert len(compiled) <= 3
+    sizes = {str(next(n for n in g.graph.nodes if "_x_" in n.name).meta["example_value"].shape)
+             for g in compiled}  # fmt: skip
+    assert len(sizes) == 2  # of (1, 32), and of any number
     projections = [n for n in compiled[-1].graph.nodes if "linear" in str(n.target)]
     assert len(projections) == 7  # of one block
 

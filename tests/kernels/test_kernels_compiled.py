@@ -171,7 +171,7 @@ def test_a_step_copies_the_cache_ahead(table):
     """In 16 bits, the kernel of a step copies keys and values while it computes: it is bound by
     memory."""
     rows = [row for row in table if row["kernel"] == "decode_kernel" and row["dtype"] != "fp32"]
-    assert len(rows) == 2 * 2 * (5 + 3)
+    assert len(rows) == 2 * 2 * (6 + 3)
     assert [row for row in rows if row["asynchronous"] == 0] == []
 
 
