@@ -63,10 +63,11 @@ class EvalConfig:
     full: bool = False  # ask all items, also where the paper drew a sample
     chat: bool = True  # ask in Tulu's chat format; --no-chat for a base model
     mmlu_shots: int = 0  # examples before an MMLU question (the paper reports 0; 5 is usual)
-    slots: int = 16  # sequences decoded at the same time
+    slots: int | None = None  # sequences at a time (default: 16; on a GPU what its memory holds)
     context: int = 0  # maximum tokens of prompt and answer together (0: the model's limit)
     seed: int = 42  # of the samples of items and of tokens
     dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
+    compile: bool = True  # on a GPU: compile a block and record a step, which takes seconds
 
 
 # Table 1 of the paper (percent; arXiv 2311.10702v2), and TruthfulQA from table 2, which leaves out
@@ -106,8 +107,10 @@ def main(flags):
     records = Records(lines, earlier_records(lines, run))
 
     generator = TextGenerator.from_folder(
-        config.model, device, getattr(torch, config.dtype), run["context"], config.slots
-    )
+        config.model, device, getattr(torch, config.dtype), run["context"], config.slots,
+        config.compile,
+    )  # fmt: skip
+    records.per_rank = max(records.per_rank, 4 * generator.most)  # a GPU may hold hundreds
     dist.barrier()  # all ranks have read `lines` before rank 0 adds to it
     if rank == 0:
         append_record(lines, {"event": "start", "run": run, "items_sha256": hashes})

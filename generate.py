@@ -61,9 +61,10 @@ class GenerateConfig:
     top_p: float = 1.0  # sample from the smallest set of tokens with this total probability
     stop: list[str] | None = None  # an answer ends before the first of these strings
     seed: int = 42  # of the samples
-    slots: int = 16  # sequences decoded at the same time
+    slots: int | None = None  # sequences at a time (default: 16; on a GPU what its memory holds)
     context: int = 0  # maximum tokens of prompt and answer together (0: the model's limit)
     dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
+    compile: bool = True  # on a GPU: compile a block and record a step, which takes seconds
 
 
 def main(flags):
@@ -75,8 +76,9 @@ def main(flags):
     model = config.model or demo_model()
     prompts = encode_prompts(records, model, config) if records else None  # token ids
     slots = config.slots if config.prompts else 1
-    context = config.context or None
-    generator = TextGenerator.from_folder(model, device, getattr(torch, dtype), context, slots)
+    generator = TextGenerator.from_folder(
+        model, device, getattr(torch, dtype), config.context or None, slots, config.compile
+    )
     stop = tuple(config.stop or ())
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, stop, config.seed)
     if records:
@@ -200,7 +202,7 @@ def answer_file(generator, records, prompts, out, sampling):
     (done,) = gather_lists([len(lines)] if rank == 0 else [])
     bar = progress_bar(total=len(records), initial=done, unit="prompt", disable=rank > 0)
     cut_off = 0
-    chunk = 4 * generator.slots * world  # prompts between two writes
+    chunk = 4 * generator.most * world  # prompts between two writes
     for begin in range(done, len(records), chunk):
         numbers = range(begin, min(begin + chunk, len(records)))
         mine = numbers[rank::world]

@@ -31,7 +31,7 @@ from program.flags import parse_args
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("step", "kernels", "generate", "pairs", "tune")  # with three files more: eight
-GENERATE = ("--prompts", "16", "--rounds", "1")
+GENERATE = ("--prompts", "16", "--rounds", "1", "--seconds", "12", "--no-alone")
 RESERVE = 5  # seconds, to end a part and to write
 ASK = """
 import json, torch

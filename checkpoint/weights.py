@@ -151,7 +151,7 @@ def load_hf(model, folder):
             module.load_rows(read_nf4(files, name, shape), first)
             continue
         with safe_open(files[name], "pt") as file:
-            rows = file.get_slice(name)[first : first + len(local)]
+            rows = file.get_slice(name)[first : first + len(local)].to(local.device)
             # The extremes of rows with a NaN are NaN. (`isfinite` is 20 times slower here.)
             if rows.numel() and not torch.stack(rows.aminmax()).isfinite().all():
                 problems.append(f"{files[name]}: {name} holds values that are not finite")

@@ -9,39 +9,53 @@ import os
 
 import torch
 
-from decoding.cuda_graphs import STEP, GraphedStep
+from decoding.cuda_graphs import GraphedStep
 from decoding.kv_cache import DecodeStep, Extension, KVCache, prompt_row
+from decoding.room import GPU_STEP, MOST, ON_CPU, ROW_TOKENS, STEP, gpu_of, slots_that_fit
 from program.errors import InputError
+from program.hardware import on_device
 
-ROW_TOKENS = 8192  # most tokens of one forward pass, where there is more than one prompt
 WORTH_SHARING = 32  # tokens: a shorter common beginning runs again with each prompt
 
 
 class CachedModel:
-    """context: tokens of a prompt and its answer together · slots: sequences at a time."""
+    """context: tokens of a prompt and its answer together.
 
-    def __init__(self, model, context, slots):
-        self.model, self.context, self.slots = model, context, slots
+    slots: sequences at a time. None: 16 on CPU; on a GPU as many as its free memory holds, which
+    `make_room` decides. compile: see GraphedStep; on CPU nothing is.
+    """
+
+    def __init__(self, model, context, slots, compile=True):
+        self.model, self.context = model, context
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
+        gpu = self.device.type == "cuda"
+        self.by_memory = gpu and slots is None
+        self.slots = self.most = slots or (MOST if gpu else ON_CPU)
         self.cache = None
-        self.graphs = GraphedStep(self.step) if self.device.type == "cuda" else None
+        self.graphs = GraphedStep(model, compile) if gpu else None
 
-    def make_room(self, tokens):
-        """A cache whose slots hold `tokens`, and one slot more for the shared beginning."""
+    def make_room(self, tokens, sequences=MOST):
+        """A cache whose slots hold `tokens`, and one slot more for the shared beginning.
+
+        sequences: how many there are to put into slots.
+        """
         if tokens > self.context:
             raise InputError(
                 f"a prompt and its answer have {tokens} tokens, expected at most {self.context}"
             )
-        if self.cache is None or self.cache.capacity < tokens:
-            # Rounded up, so that a slightly longer prompt the next time needs no new cache.
-            capacity = -(-tokens // STEP) * STEP
+        step = GPU_STEP if self.by_memory else STEP
+        capacity, slots = -(-tokens // step) * step, self.slots
+        if self.by_memory:
+            held = sum(tensor.nbytes for tensor in self.cache.both) if self.cache else 0
+            free = gpu_of(self.device).free + held
+            slots = slots_that_fit(self.model.config, self.dtype, capacity, sequences, free)
+        if self.cache is None or self.cache.capacity < tokens or slots >= 2 * self.slots:
             self.cache = None  # frees the old one first
             if self.graphs:
                 self.graphs.forget()
-            self.cache = KVCache(
-                self.model.config, self.slots + 1, capacity, self.device, self.dtype
-            )
+            self.slots = slots
+            self.cache = KVCache(self.model.config, slots + 1, capacity, self.device, self.dtype)
 
     def prefill_shared(self, prompts):
         """Put what all prompts begin with into the last slot. Its length; 0: not worth it."""
@@ -91,28 +105,24 @@ class CachedModel:
         labels = self.tensor([i for ids in continuations for i in ids[1:]])
         hidden = self.hidden(inputs, Extension(self.cache, slots, starts, lengths))
         nll = self.model.head(hidden, labels).double()
-        return [part.sum().item() for part in nll.split(lengths)]
+        return torch.stack([part.sum() for part in nll.split(lengths)]).tolist()
 
     def next_logits(self, tokens, lengths):
         """Logits (B, V) after one more token of the sequences in the first B slots.
 
         lengths: of the sequences, the tokens included.
         """
-        tokens, positions = self.tensor(tokens), self.tensor(lengths) - 1
         if self.graphs:
-            return self.graphs(tokens, positions, max(lengths), self.cache)
-        return self.step(tokens, positions, max(lengths))
-
-    def step(self, tokens, positions, limit):
-        """Logits (B, V) after `tokens` (B,) at `positions` (B,), which are all below `limit`."""
-        return self.model.head(self.hidden(tokens, DecodeStep(self.cache, positions, limit)))
+            return self.graphs(tokens, [length - 1 for length in lengths], self.cache)
+        row = DecodeStep(self.cache, self.tensor(lengths) - 1, max(lengths))
+        return self.model.head(self.hidden(self.tensor(tokens), row))
 
     def hidden(self, ids, row):
         """Hidden states (T, E) of a row's tokens (T,), whose keys and values are kept."""
         return self.model.model(ids, row.positions, row.attends())
 
     def tensor(self, values):
-        return torch.tensor(values, dtype=torch.long, device=self.device)
+        return on_device(values, self.device)
 
 
 def how_many_fit(lengths, slots):

@@ -17,6 +17,7 @@ from checkpoint.config import read_config
 from checkpoint.weights import load_hf
 from decoding import scoring
 from decoding.cached_model import CachedModel, how_many_fit
+from decoding.room import check_gpu, gpu_of
 from decoding.sampling import choose, complete
 from model import Llama
 from program.errors import InputError
@@ -52,32 +53,43 @@ class Sequence:
 class TextGenerator:
     """A model with its tokenizer and cache.
 
-    context: tokens of prompt and answer together · slots: sequences decoded at a time.
+    context: tokens of prompt and answer together · slots: sequences decoded at a time (None: 16 on
+    CPU, on a GPU as many as its memory holds) · compile: on a GPU, compile and record a step.
     """
 
-    def __init__(self, model, tokenizer, context=None, slots=16):
+    def __init__(self, model, tokenizer, context=None, slots=None, compile=True):
         self.model, self.tokenizer = model.eval(), tokenizer
         self.context = context or model.config.max_position_embeddings
-        self.cached = CachedModel(model, self.context, slots)
+        self.cached = CachedModel(model, self.context, slots, compile)
         self.streamed = []  # the tokens of the last stream that slot 0 still holds
 
     @classmethod
-    def from_folder(cls, folder, device, dtype, context=None, slots=16):
+    def from_folder(cls, folder, device, dtype, context=None, slots=None, compile=True):
         """Load a Hugging Face folder onto `device`, which must hold all of it.
 
-        Raises `InputError` for a folder that is no Llama checkpoint.
+        Raises `InputError` for a folder that is no Llama checkpoint, and for a GPU that cannot work
+        with it, before weights are read.
         """
         config, tokenizer = read_config(folder), Tokenizer(folder)
         tokenizer.check_fits(config.vocab_size)
         with torch.device("meta"):
             model = Llama(config).to(dtype)
+        if device.type == "cuda":
+            weights = sum(parameter.numel() for parameter in model.parameters())
+            check_gpu(folder, config, dtype, weights, gpu_of(device))
         model.to_empty(device=device)
         load_hf(model, folder)
-        return cls(model, tokenizer, context, slots)
+        return cls(model, tokenizer, context, slots, compile)
 
     @property
     def slots(self):
+        """Sequences that are decoded at a time now."""
         return self.cached.slots
+
+    @property
+    def most(self):
+        """The most sequences that may ever be decoded at a time."""
+        return self.cached.most
 
     @property
     def dtype(self):
@@ -103,7 +115,8 @@ class TextGenerator:
         # Taken from the end: the longest first.
         waiting.sort(key=lambda sequence: len(sequence.prompt))
         self.streamed = []
-        self.cached.make_room(max((len(s.prompt) + s.limit for s in waiting), default=0))
+        most = max((len(s.prompt) + s.limit for s in waiting), default=0)
+        self.cached.make_room(most, len(waiting))
         shared = self.cached.prefill_shared([s.prompt for s in waiting])
         active = []  # sequence i is in slot i
         while waiting or active:

@@ -3,7 +3,7 @@
 The rows that go through the model with a cache are of three kinds:
 
     Prefill      the prompts of several sequences, packed without padding
-    DecodeStep   one more token of each sequence: what decoding repeats
+    DecodeStep   one more token of each sequence: what decoding repeats (on CPU)
     Extension    several more tokens of a sequence: the next turn of a chat, an option to be scored
 
 Each knows the positions of its tokens, and gives every layer a function that first writes the row's
@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.attention import attention, document_ends, tiles_on_device
 from program.errors import RunError
+from program.hardware import on_device
 
 
 class KVCache:
@@ -26,29 +27,29 @@ class KVCache:
 
     keys and values are lists of (slots, Hk, S, D), one a layer: 2·layers·Hk·D elements per token
     (512 KiB for Llama 2 7B in bf16). A key/value head is stored once, and read by its whole group.
+    They are views of two tensors, in which all layers of a sequence are copied at once. (Were they
+    views of one, the compiled block would copy the whole cache before it changes part of it.)
     """
 
     def __init__(self, config, slots, capacity, device, dtype):
         self.slots, self.capacity, self.device = slots, capacity, device
         self.group = config.num_attention_heads // config.num_key_value_heads
-        # S is one more than is used: torch.compile treats a slice that covers a whole dimension and
-        # one that does not as two cases, and would compile the step for both.
-        shape = (slots, config.num_key_value_heads, capacity + 1, config.head_dim)
-        layers = range(config.num_hidden_layers)
+        layers, Hk = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, slots, Hk, capacity, config.head_dim)
         # Zeros: masked scores of memory never written could be NaN, and NaN · 0 is NaN.
         try:
-            self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-            self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+            self.both = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)]
         except torch.OutOfMemoryError:
             raise RunError(
                 f"the GPU has no room for the keys and values of {slots} times {capacity} tokens: "
                 "try fewer --slots or a smaller --context"
             ) from None
+        self.keys, self.values = (tensor.unbind() for tensor in self.both)
 
     def copy(self, source, target, length):
         """Give slot `target` the first `length` tokens of slot `source`."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+        for tensor in self.both:
+            tensor[:, target, :, :length] = tensor[:, source, :, :length]
 
 
 class CachedRow:
@@ -81,12 +82,16 @@ class Prefill(CachedRow):
     def __init__(self, cache, slots, lengths):
         device, lengths = cache.device, torch.tensor(lengths)
         starts = lengths.cumsum(0) - lengths
-        self.doc_start = starts.repeat_interleave(lengths).int().to(device)
-        self.doc_end = document_ends(self.doc_start)
-        self.tiles = tiles_on_device(self.doc_start, self.doc_end)
-        positions = torch.arange(len(self.doc_start), device=device) - self.doc_start
-        slots = torch.tensor(slots).repeat_interleave(lengths).to(device)
-        super().__init__(cache, slots, positions)
+        doc_start = starts.repeat_interleave(lengths).int()
+        doc_end = document_ends(doc_start)
+        # All of it is made on the host, where the lengths are: the GPU is not waited for.
+        slots = torch.tensor(slots).repeat_interleave(lengths)
+        positions = torch.arange(len(doc_start)) - doc_start
+        super().__init__(cache, *(on_device(x, device) for x in (slots, positions)))
+        tiles = tiles_on_device(doc_start, doc_end)
+        self.doc_start, self.doc_end, self.tiles = (
+            on_device(x, device, torch.int32) for x in (doc_start, doc_end, tiles)
+        )
 
     def attend(self, keys, values, q, k, v):
         self.write(keys, values, k, v)
@@ -95,6 +100,8 @@ class Prefill(CachedRow):
 
 class DecodeStep(CachedRow):
     """One token of each of the first B slots; `limit`: no sequence is longer, this one included.
+
+    The CPU's; a GPU's is in cuda_graphs.py.
 
     One call for all sequences, with a mask over what lies beyond each one's end. The queries of a
     group stand where several queries of one head usually do: nothing is repeated in memory.
@@ -129,7 +136,7 @@ class Extension(CachedRow):
             seen = torch.ones(n, start + n, dtype=torch.bool, device=cache.device).tril(start)
             self.masks.append(seen.repeat(cache.group, 1))
         positions = [torch.arange(start, start + n) for _, start, n in self.documents]
-        super().__init__(cache, None, torch.cat(positions).to(cache.device))
+        super().__init__(cache, None, on_device(torch.cat(positions), cache.device))
 
     def attend(self, keys, values, q, k, v):
         Hk, lengths, outs = k.shape[1], [n for *_, n in self.documents], []

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from program.errors import RunError
+from program.hardware import on_device
+
+DAMAGED, TOO_FEW = -1, -2  # in place of a token: a logit is no number; see `draw`
 
 
 @dataclass(frozen=True)
@@ -22,34 +25,53 @@ class Sampling:
 
 
 def choose(logits, sequences, sampling):
-    """The next token (B,) of each sequence from logits (B, V): the likeliest, or a sample.
+    """The next token (B,), on the host, of each sequence from logits (B, V): the likeliest, or a
+    sample.
 
     Sampling draws one number u from each sequence's own generator, `sequence.random`, and takes the
     first token, likeliest first, at which the cumulative probability passes u times that of all
     tokens allowed by top_p (nucleus sampling: Holtzman et al. 2020, arXiv 1904.09751, section 3.1).
     """
     best = logits.argmax(-1, keepdim=True)  # if there is a NaN, its place
-    if not logits.gather(1, best).isfinite().all():
-        raise RunError("the model's logits are not finite: its weights are damaged")
+    finite = logits.gather(1, best).isfinite()
     # fp32 logits that differ at all differ by more than 1e-6, and a quotient must not overflow.
     if sampling.temperature < 1e-6:
-        return best[:, 0]
-    u = [[sequence.random.random()] for sequence in sequences]
-    u = torch.tensor(u, dtype=torch.float64, device=logits.device)
+        return checked(best.where(finite, DAMAGED))
+    u = on_device([[s.random.random()] for s in sequences], logits.device, torch.float64)
     p = (logits / sampling.temperature).softmax(-1)
     # In a trained model a few likeliest tokens nearly always reach top_p together. For (16, 32,000)
     # on 2 CPU cores, finding them takes 7 ms and sorting all tokens 88.
-    for k in (256, p.shape[-1]):
-        likeliest, tokens = p.topk(min(k, p.shape[-1]))
-        total = likeliest.double().cumsum(-1)
-        # With top_p 1 all tokens are allowed, but only those up to u are needed.
-        if (total[:, -1:] > (u if sampling.top_p == 1 else sampling.top_p)).all():
-            break
+    drawn = checked(draw(p, u, sampling.top_p, 256).where(finite, DAMAGED))
+    if (drawn == TOO_FEW).any():
+        drawn = checked(draw(p, u, sampling.top_p, p.shape[-1]))
+    return drawn
+
+
+def draw(p, u, top_p, k):
+    """Tokens (B, 1) drawn by u (B, 1) from probabilities (B, V), of which the k likeliest are seen.
+
+    TOO_FEW where more would have to be seen.
+    """
+    likeliest, tokens = p.topk(min(k, p.shape[-1]))
+    total = likeliest.double().cumsum(-1)
     # A token is allowed if the likelier ones alone do not reach top_p.
-    allowed = (total - likeliest < sampling.top_p).sum(-1, keepdim=True)
-    mass = total.gather(1, allowed - 1) if sampling.top_p < 1 else 1.0
+    # (The clamp: none is where a logit is no number.)
+    allowed = (total - likeliest < top_p).sum(-1, keepdim=True).clamp(min=1)
+    mass = total.gather(1, allowed - 1) if top_p < 1 else 1.0
     rank = torch.searchsorted(total, u * mass, right=True).minimum(allowed - 1)
-    return tokens.gather(1, rank)[:, 0]
+    drawn = tokens.gather(1, rank)
+    if k >= p.shape[-1]:
+        return drawn
+    # With top_p 1 all tokens are allowed, but only those up to u are needed.
+    return drawn.where(total[:, -1:] > (u if top_p == 1 else top_p), TOO_FEW)
+
+
+def checked(tokens):
+    """Tokens (B, 1) as (B,) on the host: the one thing for which decoding waits for a GPU."""
+    tokens = tokens[:, 0].cpu()
+    if (tokens == DAMAGED).any():
+        raise RunError("the model's logits are not finite: its weights are damaged")
+    return tokens
 
 
 def complete(text, stops):

@@ -14,7 +14,7 @@ def option_logps(model, prompts, options):
     logps = [[0.0] * len(of_prompt) for of_prompt in options]  # an empty option is certain: 0
     longest = [max(map(len, of_prompt), default=0) for of_prompt in options]
     tokens = (len(p) + n for p, n in zip(prompts, longest, strict=True))
-    model.make_room(max(tokens, default=0))
+    model.make_room(max(tokens, default=0), len(prompts))
     shared = model.prefill_shared(prompts)
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first
     while waiting:
@@ -22,13 +22,14 @@ def option_logps(model, prompts, options):
         batch, waiting = waiting[:n], waiting[n:]
         logits = model.prefill([prompts[i] for i in batch], shared=shared)  # (B, V)
         first_logps = logits.log_softmax(-1)
-        longer = []  # (slot, prompt, option) of options with more than one token
-        for slot, i in enumerate(batch):
-            for k, option in enumerate(options[i]):
-                if option:
-                    logps[i][k] = first_logps[slot, option[0]].item()
-                if len(option) > 1:
-                    longer.append((slot, i, k))
+        scored = [  # (slot, prompt, option) of options with a token
+            (slot, i, k) for slot, i in enumerate(batch) for k, o in enumerate(options[i]) if o
+        ]
+        firsts = model.tensor([options[i][k][0] for _, i, k in scored])
+        of_firsts = first_logps[model.tensor([slot for slot, *_ in scored]), firsts].tolist()
+        for (_, i, k), logp in zip(scored, of_firsts, strict=True):
+            logps[i][k] = logp
+        longer = [(slot, i, k) for slot, i, k in scored if len(options[i][k]) > 1]
         for begin in range(0, len(longer), model.slots):
             part = longer[begin : begin + model.slots]
             slots, starts = [slot for slot, *_ in part], [len(prompts[i]) for _, i, _ in part]

@@ -54,10 +54,11 @@ class Records:
     def __init__(self, path, earlier=()):
         """earlier: the records that `path` holds already."""
         self.path, self.task, self.known, self.keys = path, None, {}, {}
+        self.per_rank = 64  # items of a batch, where no other number is asked for
         for record in earlier:
             self.known[record["task"], record["id"]] = record
 
-    def pending(self, items, per_rank=64, group_by=None, prompt=None, settings=None):
+    def pending(self, items, per_rank=None, group_by=None, prompt=None, settings=None):
         """Yield this rank's items that have no record, in batches of at most `per_rank`.
 
         The records of a batch must be `add`ed before the next batch. A progress bar is shown.
@@ -67,7 +68,7 @@ class Records:
         computes that beginning once. prompt(item): its prompt as text, by default not compared.
         settings: what else decides the answers of this task, as JSON takes it.
         """
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, world, per_rank = dist.get_rank(), dist.get_world_size(), per_rank or self.per_rank
         self.keys = {item["id"]: digest_of([item, settings]) for item in items}
         left = [item for item in items if not self.is_answered(item, prompt)]
         changed = sum((self.task, item["id"]) in self.known for item in left)
@@ -115,7 +116,7 @@ class Records:
 
 
 def answer_all(
-    generator, records, items, prompt, score, sampling, per_rank=64, group_by=None, mapper=map
+    generator, records, items, prompt, score, sampling, per_rank=None, group_by=None, mapper=map
 ):
     """Answer every item that has no record yet; the records of all items, in their order.
 

@@ -88,7 +88,8 @@ def ask_judges(config, options, modules, records, device):
             continue
         free(device)
         dtype = getattr(torch, config.dtype)
-        generator = TextGenerator.from_folder(folder, device, dtype, slots=config.slots)
+        slots, compile = config.slots, config.compile
+        generator = TextGenerator.from_folder(folder, device, dtype, slots=slots, compile=compile)
         key = weights_key(folder)
         for task in (task for task in tasks if task in modules):
             records.task = f"{task}/{role}"

@@ -35,6 +35,17 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes / 2**30
 
 
+def on_device(values, device, dtype=torch.long):
+    """A tensor on `device`, of a list or of a tensor on the host, which does not wait for a GPU.
+
+    It would, were the values in ordinary memory: they are copied to pinned memory first.
+    """
+    values = torch.as_tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 def environment(device, world):
     """Hardware and versions, for the log."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import dpo, generate, kernels, load, measure, memory, sft, table, tune
+from benchmarks import dpo, generate, kernels, load, measure, memory, peers, sft, table, tune
 from checkpoint.config import config_from_dict
 from pairs import message, pair, write
 from program.errors import InputError
@@ -259,17 +259,31 @@ def test_bench_names_the_benchmarks():
         bench.main(["nope"])
 
 
-def test_generate_rehearsal(tmp_path, real_data):
-    """`bench.py generate --toy`: same tokens as transformers', and figures that agree."""
+def test_generate_rehearsal(tmp_path, real_data, monkeypatch):
+    """`bench.py generate --toy`: same tokens as transformers', and figures that agree.
+
+    What runs in processes of its own runs in this one; vLLM, which is not installed, in none.
+    """
     out = tmp_path / "generate.json"
+
+    def alone(program, job, path, seconds):
+        if program == "vllm":
+            return {"skipped": "not installed"}
+        Path(path).write_text(json.dumps(job | {"seconds": seconds}))
+        return peers.main(["--program", program, "--job", path])
+
+    monkeypatch.setattr(generate, "alone", alone)
     figures = generate.main(
-        ["--toy", "--prompts", "9", "--rounds", "1", "--out", str(out),
+        ["--toy", "--alone", "--prompts", "5", "--rounds", "1", "--out", str(out),
          "--data", str(real_data / "eval/gsm8k/test.jsonl"),
          "--tokenizer", str(real_data / "llama2-tokenizer")]
     )  # fmt: skip
     assert json.loads(out.read_text())["figures"] == figures
-    assert [f["prompts"] for f in figures.values()] == [2, 9]
+    assert [f["prompts"] for f in figures.values()] == [1, 5]
     for batch in figures.values():
         assert batch["different_answers"] == 0 and batch["new_tokens"] > 40 * batch["prompts"]
         rates, seconds = batch["tokens_per_second"], batch["seconds"]
         assert rates["ours"] * seconds["ours"][0] == pytest.approx(batch["new_tokens"])
+        assert batch["transformers"]["tokens"] == batch["new_tokens"]
+        assert batch["bytes"] > 4 * 32000 * 32 * batch["steps"] >= batch["new_tokens"] // 16
+    assert json.loads(out.read_text())["first_token"].keys() >= {"loading", "first token"}

@@ -1,16 +1,12 @@
 """decoding/ against transformers' generate and against full forward passes, in fp32."""
 
 import random
-from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._dynamo import lookup_backend
 from torch.nn.functional import scaled_dot_product_attention
 
 from decoding.cached_model import how_many_fit
-from decoding.cuda_graphs import GraphedStep
 from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from program.errors import InputError, RunError
@@ -348,63 +344,3 @@ def test_attention_may_return_any_strides(name, layout, monkeypatch):
     monkeypatch.setattr("decoding.kv_cache.scaled_dot_product_attention", permuted)
     assert everything() == expected
     assert len({shape[0] for shape in calls}) > 1  # batches of steps, and single extensions
-
-
-class Replayed(GraphedStep):
-    """Without a GPU: the recorded step runs again, on the inputs that it was recorded with."""
-
-    def record(self, batch, limit):
-        inputs, logits = batch.clone(), self.step(*batch, limit)
-        again = SimpleNamespace(replay=lambda: logits.copy_(self.step(*inputs, limit)))
-        self.shapes = getattr(self, "shapes", set()) | {(len(logits), limit)}
-        return again, inputs, logits
-
-
-def test_recorded_steps_and_how_often_they_compile(monkeypatch):
-    """The same answers from padded batches and rounded limits; the step is one graph, compiled
-    once for one sequence and once for several, however large the caches."""
-    ours, _ = make_pair(VARIANTS["2:1, like Code Llama"])
-    generator, prompts = TextGenerator(ours, Numbers(), slots=4), make_prompts(6)
-    short, longer, longest = prompts[:1], [prompts[1] * 9], [prompts[1] * 18]
-    asked = [
-        longer,
-        short,
-        longer + prompts,
-        prompts,
-        longest,
-        short,
-        longest + prompts,
-        prompts[:2],
-    ]
-    expected = [generator.generate(batch, Sampling(9)) for batch in asked]
-    compiled, compile, aot_eager = [], torch.compile, lookup_backend("aot_eager")
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return aot_eager(graph, inputs)
-
-    monkeypatch.setattr(torch, "compile", partial(compile, backend=backend, fullgraph=True))
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    cached = generator.cached
-    cached.cache, cached.graphs = None, Replayed(cached.step)
-    for batch, answers in zip(asked, expected, strict=True):
-        assert generator.generate(batch, Sampling(9)) == answers
-    assert generator.cached.cache.capacity == 768
-    assert cached.graphs.shapes >= {(4, 256), (1, 512), (2, 256), (1, 256), (1, 768)}
-    assert len(compiled) <= 3  # torch begins one of the two again
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("beginning", [0, 41])
-def test_graphs_on_a_gpu(beginning):
-    """Recorded steps give the tokens of steps that are not, in fp32, and the CPU's tokens."""
-    # The attention kernel, which prefill runs, takes heads of 16 elements and more.
-    ours, _ = make_pair(VARIANTS["2:1, like Code Llama"] | {"head_dim": 16})
-    prompts, sampling = make_prompts(11, beginning), Sampling(300)
-    expected = TextGenerator(ours, Numbers(), slots=4).generate(prompts, sampling)
-    generator = TextGenerator(ours.cuda(), Numbers(), slots=4)
-    recorded = generator.generate(prompts, sampling)
-    assert len(generator.cached.graphs.recorded) >= 3  # of 4, 2 and 1 sequences, or of two limits
-    generator.cached.graphs = None
-    assert [a.ids for a in generator.generate(prompts, sampling)] == [a.ids for a in recorded]
-    assert [a.ids[:20] for a in recorded] == [a.ids[:20] for a in expected]

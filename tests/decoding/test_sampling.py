@@ -74,10 +74,11 @@ def test_top_p_that_is_reached_exactly_admits_no_further_token():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_no_numbers(temperature):
     """They end the run: no token is chosen."""
+    sources = [SimpleNamespace(random=SimpleNamespace(random=lambda: 0.5))] * 2
     logits = torch.zeros(2, 7)
     logits[1, 3] = torch.nan
     with pytest.raises(RunError, match="not finite"):
-        choose(logits, [None, None], Sampling(temperature=temperature))
+        choose(logits, sources, Sampling(temperature=temperature))
 
 
 def test_pieces_are_whole_characters_and_no_half_stop():

@@ -76,6 +76,24 @@ def compile_attention(name, arch, holes, H, Hk, D, dtype):
     } | need
 
 
+def compile_decode(arch, splits, H, Hk, D, dtype):
+    """The kernel of a decoding step, with as many parts as one sequence has, or with one."""
+    import torch
+
+    from kernels.decode_attention import decode_blocks, decode_kernel
+
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    options = decode_blocks(kind)
+    constants = dict(H=H, Hk=Hk, D=D, SPLITS=splits, BN=options.pop("BN"))
+    pointers = dict.fromkeys(("q", "k", "v", "keys", "values"), dtype)
+    pointers |= dict(positions="i64", out=dtype if splits == 1 else "fp32", lse="fp32")
+    need, ptx = compile_kernel(decode_kernel, constants, pointers, {"S": False}, arch, options)
+    # The cache is copied to shared memory 16 bytes at a time, without passing through registers.
+    need["asynchronous"] = len(re.findall(r"cp\.async\.cg\.shared\.global \[.*\], 0x10", ptx))
+    row = dict(kernel="decode_kernel", arch=arch, splits=splits, H=H, Hk=Hk, head_size=D)
+    return row | dict(dtype=dtype) | need
+
+
 def compile_softmax(arch, dtype, gradient, V):
     """The kernel of the loss."""
     from kernels.cross_entropy import softmax_block, softmax_kernel
@@ -137,6 +155,12 @@ def print_table():
             for name, holes in names
             for shape in SHAPES + LLAMA_2
         ]
+        rows += [
+            pool.submit(compile_decode, arch, splits, *shape)
+            for arch in SHARED_MEMORY
+            for splits in (1, 16)
+            for shape in SHAPES[::3] + LLAMA_2
+        ]
         for row in rows:
             print(json.dumps(row.result()), flush=True)
 
@@ -168,6 +192,14 @@ def test_products_run_on_tensor_cores(table):
     sixteen = [row for row in table if "D" in row and row["dtype"] != "fp32"]
     assert len(sixteen) == 2 * 5 * (2 * 8 + 3)
     assert [row for row in sixteen if row["tensor_core_instructions"] == 0] == []
+
+
+def test_a_step_copies_the_cache_ahead(table):
+    """In 16 bits, the kernel of a step copies keys and values while it computes: it is bound by
+    memory."""
+    rows = [row for row in table if row["kernel"] == "decode_kernel" and row["dtype"] != "fp32"]
+    assert len(rows) == 2 * 2 * (6 + 3)
+    assert [row for row in rows if row["asynchronous"] == 0] == []
 
 
 def test_logits_move_sixteen_bytes_at_a_time(table):
