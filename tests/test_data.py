@@ -680,6 +680,4 @@ def test_data_py_says_what_the_plan_says(base, conversations):
         [*command, "--gpu", "h100", "--gpus", "2"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert (
-        "SFT on 2 x H100" in done.stdout and "an update:" in done.stdout
-    )
+    assert "SFT on 2 x H100" in done.stdout and "an update:" in done.stdout
