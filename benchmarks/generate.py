@@ -28,7 +28,7 @@ import torch
 from benchmarks import inputs
 from benchmarks.loops import clocks, median_ratio
 from benchmarks.measure import milliseconds, write
-from benchmarks.peers import alone, rate, texts
+from benchmarks.peers import alone, padded, rate, texts
 from checkpoint.config import config_from_dict
 from decoding.generator import TextGenerator
 from decoding.room import token_bytes
@@ -230,44 +230,6 @@ def copy_bandwidth(device):
     source = torch.empty(1 << 31, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source), device) * 1e3
-
-
-def padded(model, prompts, lengths, end=float("inf"), fixed=None):
-    """transformers' greedy answers of these lengths to a batch of prompts, padded on the left.
-
-    Answers that are not finished at the time `end` are cut off. fixed: tokens of the longest prompt
-    and answer, for a static cache of that size.
-    """
-    import transformers
-
-    longest, most = fixed or (max(map(len, prompts)), max(lengths))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ends = longest + torch.tensor(lengths, device=model.device)
-
-    class AllLongEnough(transformers.StoppingCriteria):
-        def __call__(self, input_ids, scores, **_):
-            late = time.monotonic() > end
-            return (
-                torch.full_like(ends, True, dtype=torch.bool)
-                if late
-                else (input_ids.shape[1] >= ends)
-            )
-
-    out = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=most,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        stopping_criteria=transformers.StoppingCriteriaList([AllLongEnough()]),
-        cache_implementation="static" if fixed else None,
-    )
-    return [row[longest : longest + n].tolist() for row, n in zip(out, lengths, strict=True)]
 
 
 def show(name, case, bandwidth):

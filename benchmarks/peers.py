@@ -63,8 +63,6 @@ def transformers(job, device):
     """transformers with a static cache, which it compiles by itself on a GPU."""
     import transformers
 
-    from benchmarks.generate import padded
-
     dtype = getattr(torch, job["dtype"])
     model = transformers.LlamaForCausalLM.from_pretrained(job["folder"], dtype=dtype)
     model = model.eval().to(device)
@@ -84,6 +82,44 @@ def transformers(job, device):
     warm = time.perf_counter()
     tokens = turn(job["prompts"], job["lengths"])
     return {"compiling": warm - begin, "tokens": tokens, "seconds": time.perf_counter() - warm}
+
+
+def padded(model, prompts, lengths, end=float("inf"), fixed=None):
+    """transformers' greedy answers of these lengths to a batch of prompts, padded on the left.
+
+    Answers that are not finished at the time `end` are cut off. fixed: tokens of the longest prompt
+    and answer, for a static cache of that size.
+    """
+    import transformers
+
+    longest, most = fixed or (max(map(len, prompts)), max(lengths))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    ends = longest + torch.tensor(lengths, device=model.device)
+
+    class AllLongEnough(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **_):
+            late = time.monotonic() > end
+            return (
+                torch.full_like(ends, True, dtype=torch.bool)
+                if late
+                else (input_ids.shape[1] >= ends)
+            )
+
+    out = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        stopping_criteria=transformers.StoppingCriteriaList([AllLongEnough()]),
+        cache_implementation="static" if fixed else None,
+    )
+    return [row[longest : longest + n].tolist() for row, n in zip(out, lengths, strict=True)]
 
 
 def vllm(job, device):

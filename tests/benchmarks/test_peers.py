@@ -1,6 +1,6 @@
 """What runs beside `bench.py generate` ends in time, and answers that are cut off."""
 
-from benchmarks import generate, peers
+from benchmarks import peers
 from test_model import make_pair
 
 
@@ -16,8 +16,8 @@ def test_a_program_alone_is_ended_in_time(tmp_path):
 def test_transformers_answers_are_cut_at_the_end_of_time():
     """An answer that is not finished then counts as far as it came."""
     _, theirs = make_pair({})
-    whole = generate.padded(theirs, [[3, 4], [5]], [6, 4])
+    whole = peers.padded(theirs, [[3, 4], [5]], [6, 4])
     assert [len(a) for a in whole] == [6, 4]
-    cut = generate.padded(theirs, [[3, 4], [5]], [6, 4], end=0)
+    cut = peers.padded(theirs, [[3, 4], [5]], [6, 4], end=0)
     assert cut == [a[:1] for a in whole]
-    assert generate.padded(theirs, [[3, 4], [5]], [6, 4], fixed=(4, 8)) == whole
+    assert peers.padded(theirs, [[3, 4], [5]], [6, 4], fixed=(4, 8)) == whole
