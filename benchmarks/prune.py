@@ -11,6 +11,7 @@ of it.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,7 @@ def main(arguments):
         tasks.make_tokenizer(folder, [by_lines(json.loads(line)) for line in lines])
         tasks.make_model(folder)
         (folder / "half.jsonl").write_text("".join(lines[::2]), encoding="utf-8")
+        data = Path(shutil.copy(data, folder / "data.jsonl"))  # its token cache goes there, too
         train(folder, folder / "half.jsonl", folder / "half", 1, config)
         run("prune.py", {"make-queries": SOURCE, "out": folder / "queries.jsonl"})
         figures = {"before": {"loss": loss(folder / "half", problems, device)}}
