@@ -114,7 +114,7 @@ def decode_blocks(dtype):
     tuned on a chip; tests/kernels/test_kernels_compiled.py compiles all of them.
     """
     if dtype.itemsize == 4:  # runs without tensor cores: it is there to check the others by
-        return {"BN": 32, "num_warps": 8, "num_stages": 1}
+        return {"BN": 16, "num_warps": 8, "num_stages": 1}
     return {"BN": 64, "num_warps": 4, "num_stages": 3}
 
 
