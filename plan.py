@@ -159,7 +159,8 @@ def stages(config):
         )
         check_micro_tokens(documents, config.micro_tokens)
         name = ", ".join(Path(path).name for path in config.data)
-        return {stage: updates.Lengths(name, documents.lengths, documents.trained_counts)}
+        sizes = documents.lengths, documents.trained_counts, documents.shared
+        return {stage: updates.Lengths(name, *sizes)}
 
 
 def write(config, records):

@@ -60,7 +60,7 @@ def figures(stage, config, layout, gpu, lengths, schedule, recompute=None):
         "tokens_per_update": planned.tokens,
     }
     if not record["fits"]:
-        longest = int(lengths.tokens.sum(1).max())
+        longest = int(lengths.in_rows.max())
         found = fit.changes(config, layout, gpu.gib, longest)
         return record | dict.fromkeys(TIMES) | {"would_fit": [text for text, _ in found]}
     return record | times(stage, config, layout, gpu, lengths, planned, schedule)

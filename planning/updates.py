@@ -17,11 +17,25 @@ EXTREME = 8  # and for the memory: those with the most tokens, those with the lo
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens and trained tokens of each record, both (records, sequences of a record)."""
+    """Of each sequence its tokens, those trained, and those shared with the record's first one.
+
+    All three are (records, sequences of a record), as `Documents` has them.
+    """
 
     name: str
     tokens: np.ndarray
     trained: np.ndarray
+    shared: np.ndarray
+
+    @property
+    def in_rows(self):
+        """(records,): the tokens of a record in a row, in which a pair's prompt stands once."""
+        return (self.tokens - self.shared).sum(1)
+
+    @property
+    def squares(self):
+        """(records,): the sum of the squared lengths, less what is counted once."""
+        return (self.tokens**2 - self.shared**2).sum(1)
 
 
 def mixture():
@@ -50,24 +64,27 @@ def ultrafeedback():
     sizes = np.exp(0.9 * chances - 0.405) * (185, 305, 305)
     sizes = np.clip(sizes.astype(np.int64), 1, 2048)
     prompt, answers = sizes[:, :1], sizes[:, 1:]
-    return Lengths("UltraFeedback (lengths by recalled means)", prompt + answers, answers)
+    name, shared = "UltraFeedback (lengths by recalled means)", prompt * (0, 1)
+    return Lengths(name, prompt + answers, answers, shared)
 
 
 def spread(name, tokens, share):
     """`Lengths` (records, sequences) with the same share of each record's tokens trained."""
     tokens = tokens.astype(np.int64)
-    return Lengths(name, tokens, np.maximum(1, tokens * share).astype(np.int64))
+    trained = np.maximum(1, tokens * share).astype(np.int64)
+    return Lengths(name, tokens, trained, np.zeros_like(tokens))
 
 
 def cut(lengths, max_seq_len):
     """The same, with sequences cut at so many tokens."""
     tokens = np.minimum(lengths.tokens, max_seq_len)
-    return Lengths(lengths.name, tokens, np.minimum(lengths.trained, tokens))
+    trained, shared = (np.minimum(part, tokens) for part in (lengths.trained, lengths.shared))
+    return Lengths(lengths.name, tokens, trained, shared)
 
 
 def check_rows(lengths, micro_tokens):
     """Raise `InputError` where the longest record does not fit into one row."""
-    longest = int(lengths.tokens.sum(1).max())
+    longest = int(lengths.in_rows.max())
     if longest > micro_tokens:
         raise InputError(
             f"--micro-tokens is {micro_tokens}, expected at least {longest}, the longest record of "
@@ -92,11 +109,11 @@ def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, see
 
     def rows_of(step):
         _, members = update_members(count, batch_size, seed, step)
-        of_records, trained = lengths.tokens[members], lengths.trained[members].sum(1)
-        plan = plan_rows(of_records.sum(1), ranks, micro_tokens, config.hidden_size)
-        return [[row_of(of_records[r], trained[r]) for r in rank] for rank in plan]
+        parts = sizes[members], squares[members], trained[members]
+        plan = plan_rows(parts[0], ranks, micro_tokens, config.hidden_size, parts[1])
+        return [[row_of(*(part[r] for part in parts)) for r in rank] for rank in plan]
 
-    sizes = lengths.tokens.sum(1)
+    sizes, squares, trained = lengths.in_rows, lengths.squares, lengths.trained.sum(1)
     members = (update_members(count, batch_size, seed, step)[1] for step in range(total))
     tokens, longest = np.array([(sizes[m].sum(), sizes[m].max()) for m in members]).T
     extreme = {*tokens.argsort()[-EXTREME:], *longest.argsort()[-EXTREME:]}
@@ -105,9 +122,9 @@ def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, see
     return Updates(rows, extreme_rows, total, tokens[steps].mean())
 
 
-def row_of(tokens, trained):
-    """The `Row` of records of so many tokens (n, sequences), trained (n,); an empty one is 1."""
-    return Row(max(1, int(tokens.sum())), int((tokens**2).sum()), int(trained.sum()))
+def row_of(tokens, squares, trained):
+    """The `Row` of records, all (n,); an empty one is 1 token."""
+    return Row(max(1, int(tokens.sum())), int(squares.sum()), int(trained.sum()))
 
 
 def extent(updates, micro_tokens):

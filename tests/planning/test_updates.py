@@ -25,6 +25,10 @@ def test_ultrafeedback_has_its_means():
     lengths = updates.ultrafeedback()
     assert lengths.tokens.shape == (61_966, 2)
     assert lengths.tokens.mean() == pytest.approx(490, rel=0.03)
+    assert lengths.in_rows.mean() == pytest.approx(185 + 305 + 305, rel=0.03)  # the prompt once
+    prompt = lengths.shared[7, 1]
+    assert lengths.shared[7, 0] == 0 < prompt
+    assert lengths.squares[7] == (lengths.tokens[7] ** 2).sum() - prompt**2
     assert (lengths.trained <= lengths.tokens).all()
 
 
