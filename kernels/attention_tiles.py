@@ -74,7 +74,9 @@ def attention_tiles(doc_start, doc_end):
     tiles = np.column_stack((first, end, low, high, holes)).astype(np.int32)
     keys = end - low - (holes[:, 1::2] - holes[:, ::2]).sum(1)  # that a tile of queries walks over
     queries = high - first  # that a tile of keys walks over
-    return tiles[np.stack([(-walk).argsort(kind="stable") for walk in (keys, queries)])]
+    tiles = tiles[np.stack([(-walk).argsort(kind="stable") for walk in (keys, queries)])]
+    # Two at least, the others empty: torch.compile would compile again for a size of 1.
+    return np.pad(tiles, ((0, 0), (0, max(0, 2 - len(first))), (0, 0)))
 
 
 def branches(doc_start, doc_end):

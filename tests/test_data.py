@@ -163,7 +163,7 @@ def test_a_packed_pair_written_out():
 def test_an_empty_row_is_one_token_that_predicts_nothing():
     """It fills up a rank that has fewer rows than the others."""
     row = {name: a.tolist() for name, a in pack_row([]).items()}
-    assert (row.pop("tiles"), row.pop("positions")) == ([[[0, 1, 0, 1]]] * 2, [0])
+    assert (row.pop("tiles"), row.pop("positions")) == ([[[0, 1, 0, 1], [0] * 4]] * 2, [0])
     assert row == {"input_ids": [0], "doc_start": [0], "doc_end": [1], "predict": [], "labels": []}
 
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from checkpoint.config import config_from_dict, read_config
 from checkpoint.weights import find_tensors, write_configs
 from model import Llama
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 CONFIG = {
     "model_type": "llama",
@@ -99,13 +99,13 @@ def test_where_the_base_of_the_angles_stands(fields, theta):
     assert assert_computed_alike(CONFIG | fields).rope_theta == theta
 
 
-def test_a_base_of_null_is_saved_as_absent(tmp_path):
+def test_a_base_of_null_is_saved_as_absent(base, tmp_path):
     """Read as 10,000; transformers 5 would stop at the null in the saved config."""
     values = CONFIG | {"rope_theta": None}
     assert config_from_dict(values).rope_theta == 10_000.0
     (tmp_path / "config.json").write_text(json.dumps(values))
     (tmp_path / "out").mkdir()
-    write_configs(SimpleNamespace(bos_id=1, eos_id=2), tmp_path, tmp_path / "out")
+    write_configs(Tokenizer(base), tmp_path, tmp_path / "out")
     assert_computed_alike(json.loads((tmp_path / "out" / "config.json").read_text()))
 
 

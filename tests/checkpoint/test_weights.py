@@ -92,7 +92,8 @@ def test_what_an_older_or_newer_config_says_of_its_type_is_replaced(base, tmp_pa
     (source / "config.json").write_text(json.dumps(config | foreign | {"use_cache": False}))
     checkpoint.save_hf(sharded(source), Tokenizer(base), source, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert written == config | {"torch_dtype": "bfloat16", "use_cache": True}
+    named = {"torch_dtype": "bfloat16", "use_cache": True, "pad_token_id": 0}  # <unk>
+    assert written == config | named
 
 
 def test_the_saved_context_is_as_long_as_what_was_trained(base, tmp_path):

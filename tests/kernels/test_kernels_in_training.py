@@ -16,7 +16,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers import LlamaForCausalLM
 
 import model as model_file
-from kernels.attention import attention_triton
+from kernels.attention import attention_triton, tiles_on_device
 from kernels.cross_entropy import linear_cross_entropy_triton
 from model import Llama, LlamaConfig
 from program.ranks import start
@@ -99,7 +99,7 @@ def two_steps(monkeypatch, dtype, lengths=LENGTHS, uniform=True, **how):
         *row, weights = (x.to(device) for x in make_row(lengths, uniform))
         losses, gradients = [], {}
         for step in range(2):
-            nll = llama(*row, uniform_gradient=uniform)
+            nll = llama(*row, uniform_gradient=uniform, tiles=tiles_on_device(row[1]))
             losses.append(nll.detach().double().cpu())
             (nll * weights).sum().backward()
             if step == 0:
@@ -191,8 +191,8 @@ def test_rows_of_other_lengths_compile_nothing_new(monkeypatch):
         lengths = torch.tensor(lengths)
         doc_start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths).int()
         ids = predict = torch.arange(len(doc_start))
-        row = (x.to(device) for x in (ids, doc_start, predict, ids))
-        llama(*row, uniform_gradient=True)
+        row = [x.to(device) for x in (ids, doc_start, predict, ids)]
+        llama(*row, uniform_gradient=True, tiles=tiles_on_device(row[1]))
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] > 0 and set(graphs[2:]) == {graphs[1]}
     assert not counters["graph_break"]
