@@ -200,6 +200,20 @@ def save_hf(model, tokenizer, source, folder, longest=0):
     raise_together(failure, f"{folder}: the model could not be saved")
 
 
+def save_adapter(model, source, folder):
+    """Write the model's adapters alone, as PEFT's folder `folder`. Every rank calls it.
+
+    source: as in `save_hf`. Raises `RunError` on all ranks if the disk refuses.
+    """
+    adapter, key, failure = adapter_tensors(model), weights_key(source), None
+    if dist.get_rank() == 0:
+        try:
+            write_adapter(adapter, model, source, key, folder)
+        except OSError as error:
+            failure = error
+    raise_together(failure, f"{folder}: the adapter could not be saved")
+
+
 def write_folder(shapes, blocks, tokenizer, source, partial, folder, longest=0):
     """Write an HF folder in `partial`, of bf16 blocks as `write_tensors` takes them, and move all
     that is in `partial` to `folder`."""

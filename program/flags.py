@@ -82,6 +82,7 @@ MAY_CHANGE_ON_RESUME = {
     "eval_every",
     "export_every",
     "keep_exports",
+    "export_merged",
     "tensorboard",
     "wandb",
 }

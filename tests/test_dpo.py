@@ -211,7 +211,8 @@ DESIGN_DEFAULTS = {
     "save_every": 0, "keep": 2, "keep_checkpoints": False, "seed": 42, "dtype": None,
     "recompute": None, "replicas": 1, "compile": None, "too_long": "cut", "eval_data": None,
     "eval_share": 0, "eval_every": 0, "export_every": None, "keep_exports": 0,
-    "tensorboard": False, "wandb": False, "lora_rank": 0, "lora_alpha": 16, "lora_dropout": 0.1,
+    "export_merged": False, "tensorboard": False, "wandb": False, "lora_rank": 0, "lora_alpha": 16,
+    "lora_dropout": 0.1,
     "quantize": None,
 }  # fmt: skip
 

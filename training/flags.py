@@ -49,6 +49,7 @@ class OutputFlags:
 
     export_every: str | None = None  # updates, or epoch: between two models in OUT/step-…/
     keep_exports: int = 0  # how many of them stay, the newest (0: all)
+    export_merged: bool = False  # with --lora-rank: merged models instead of adapters alone
     tensorboard: bool = False  # the records of metrics.jsonl to OUT/tensorboard, too
     wandb: bool = False  # and to Weights & Biases, where its own settings say
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from checkpoint.resume import save_run
 from checkpoint.run_folder import exported_models
-from checkpoint.weights import save_hf
+from checkpoint.weights import save_adapter, save_hf
 from program.files import fsync
 from program.ranks import gather_lists, raise_together, sum_over_ranks
 from training.held_out import is_due
@@ -50,7 +50,8 @@ def exports_at_once(run, config):
 def export(run, config, step):
     """Write the model of now as the HF folder `OUT/step-…/`, unless the start before this one did.
 
-    The folder is whole or absent. Raises `RunError` on all ranks if the disk refuses.
+    With adapters the folder holds them alone, in PEFT's format (--export-merged: the merged model).
+    It is whole or absent. Raises `RunError` on all ranks if the disk refuses.
     """
     place, partial = run.out / f"step-{step:06}", run.out / "export.partial"
     rank, failure = dist.get_rank(), None
@@ -58,7 +59,10 @@ def export(run, config, step):
         return
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    save_hf(run.model, run.tokenizer, config.model, partial, run.documents.lengths.max())
+    if config.lora_rank and not config.export_merged:
+        save_adapter(run.model, config.model, partial)
+    else:
+        save_hf(run.model, run.tokenizer, config.model, partial, run.documents.lengths.max())
     if rank == 0:
         try:
             os.rename(partial, place)

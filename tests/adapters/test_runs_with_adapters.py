@@ -1,13 +1,16 @@
 """Whole runs with adapters: rows, ranks, types, recomputation, resuming, DPO, and bad flags."""
 
 import math
+import os
 import signal
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
 
+from adapters.merge import MergeConfig, merge
 from conftest import updates
 from harm import LAST, LOG, harmed, recipe
+from program.ranks import start
 
 QLORA = {"lora_rank": 4, "quantize": "nf4", "lora_dropout": 0.2}
 
@@ -45,7 +48,7 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_as_if_it_was_not(
 
 @pytest.mark.parametrize(
     "changes, ranks",
-    [({"micro_tokens": 700}, 1), ({"micro_tokens": 900}, 3), ({"recompute": True}, 1)],
+    [({"micro_tokens": 700}, 1), ({"micro_tokens": 900}, 3), ({"recompute": 2}, 1)],
     ids=["rows", "ranks", "recompute"],
 )
 def test_layout_changes_nothing_but_rounding(whole, wide, conversations, tmp_path, changes, ranks):
@@ -56,6 +59,19 @@ def test_layout_changes_nothing_but_rounding(whole, wide, conversations, tmp_pat
         rel = 0 if "recompute" in changes else 1e-4
         assert record["loss"] == pytest.approx(other["loss"], rel=rel)
         assert record["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * rel)
+
+
+def test_models_on_the_way_are_adapters_or_merged(wide, conversations, tmp_path):
+    """By default the adapter alone; merged into the base, it is what --export-merged leaves."""
+    for name, merged in (("alone", False), ("merged", True)):
+        flags = recipe(wide, conversations, tmp_path / name) | QLORA | {"max_steps": 4}
+        assert harmed(flags | {"export_every": "2", "export_merged": merged}, ranks=2) == 0
+    alone, merged = (tmp_path / name / "step-000002" for name in ("alone", "merged"))
+    assert sorted(os.listdir(alone)) == ["adapter_config.json", "adapter_model.safetensors"]
+    start()
+    merge(MergeConfig(str(wide), str(alone), str(tmp_path / "out")))
+    file = "model.safetensors"
+    assert (tmp_path / "out" / file).read_bytes() == (merged / file).read_bytes()
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"], ids=str)
