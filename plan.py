@@ -27,11 +27,14 @@ from planning.report import figures, table
 from program.errors import InputError, reported
 from program.files import written_aside
 from program.flags import check_bounds, parse_args
+from selection.cost import scoring_flops
 from tokens import readers
 from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation, encode_pair
 from tokens.shapes import FIELDS, is_pair
 from training.flags import DataFlags, LoRAFlags, OutputFlags, RunFlags
+
+FORWARD = 0.4  # share of the peak that a forward pass alone reaches, for prune.py's hours
 
 # Layers, E, F, H, Hk, V and rope_theta: the table in model.py.
 SIZES = {
@@ -101,6 +104,10 @@ def main(flags):
             figures(stage, model_config, layout, gpu, lengths, schedule, config.recompute)
         )
         print("\n".join(table(records[-1], config.price)) + "\n")
+        if stage == "sft":
+            flops = scoring_flops(model_config, "rds", lengths.tokens[:, 0], lengths.trained.sum())
+            hours = flops / (FORWARD * gpu.flops) / 3600
+            print(f"choosing among them first (prune.py, rds): {hours:.1f} GPU hours\n")
     print("computed, not measured: planning/ says from what, results/README.md how far off")
     if config.out:
         write(config, records)

@@ -54,6 +54,12 @@ def test_seventy_billion_on_sixty_four_gpus(planned):
     assert "exchange that does not hide" in text
 
 
+def test_choosing_data_costs_one_forward_pass_of_all(planned):
+    """The published 3.3 H100 hours for the mixture and a 7B: 2 FLOPs a weight, at 396 TFLOP/s."""
+    _, _, text = planned("--model", "7b", "--gpus", 8, "--gpu", "h100", "--stage", "sft")
+    assert "choosing among them first (prune.py, rds): 3.3 GPU hours" in text
+
+
 def test_the_bar_is_the_table(planned):
     """Each item has its share of the characters, within one; dots are what is free."""
     _, record, text = planned("--model", "7b", "--gpus", 64, "--stage", "sft", "--recompute", 32)
