@@ -72,6 +72,7 @@ def main(flags):
     # Sharded before it has memory, so that no rank ever holds the whole model.
     shard(model, config, device, run.reshard)
     optimizer = update.make_optimizer(model, config)
+    # For a resumed run, too: with adapters, checkpoints do not hold the model's own weights.
     load_hf(model, config.model)
     first = resume_run(run.out, model, optimizer, config.keep)
     start_log(run, config, first, device)

@@ -27,6 +27,7 @@ TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
 #     Code-Alpaca and GSM8K, 142               3.09   2.81      2.67   2.51       2.73   2.24
 #     pairs, prompt 1,000, answers 200         1.99   1.29      1.91   1.27       1.90   1.15
 #     pairs, prompt 185, answers 305           1.93   1.83      1.78   1.65       1.77   1.54
+#     pairs of alpaca_eval, which are short    2.07   2.28      1.89   1.97       1.86   2.00
 #     documents of 20                          21.9   78.0      17.0   39.0       17.0   39.0
 #
 # Very short documents do not share a tile: their bits would depend on their neighbours, and in the

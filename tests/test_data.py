@@ -136,8 +136,8 @@ def test_a_packed_row_written_out():
         "predict": (np.int64, [1, 2, 5]),
         "labels": (np.int64, [8, 2, 2]),
     }
-    assert np.array_equal(row["tiles"], attention_tiles(row["doc_start"], row.pop("doc_end")))
-    expected.pop("doc_end"), row.pop("tiles")
+    tiles = row.pop("tiles")
+    assert np.array_equal(tiles, attention_tiles(row["doc_start"], row["doc_end"]))
     assert {name: (a.dtype.type, a.tolist()) for name, a in row.items()} == expected
 
 

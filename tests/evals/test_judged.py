@@ -10,24 +10,13 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import RobertaConfig, RobertaForSequenceClassification, RobertaTokenizerFast
 
-from decoding.generator import Completion, TextGenerator
+from decoding.generator import TextGenerator
 from evals import alpaca_eval, mt_bench, toxigen
 from evals.harness import Options, Records
+from judging import Scripted
 from program.errors import InputError
 from program.ranks import start
 from tokens.tokenizer import Tokenizer
-
-
-class Scripted:
-    """A stand-in for `TextGenerator` that answers a prompt with `answer(its text)`."""
-
-    def __init__(self, tokenizer, answer):
-        self.tokenizer, self.answer, self.asked = tokenizer, answer, []
-
-    def generate(self, prompts, sampling, seeds=None, advance=None):
-        texts = [self.tokenizer.visible(ids) for ids in prompts]
-        self.asked += [(text, sampling) for text in texts]
-        return [Completion([5], self.answer(text), "eos") for text in texts]
 
 
 @pytest.fixture
