@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from checkpoint.resume import resume_run
 from checkpoint.run_folder import append_record
@@ -29,6 +30,7 @@ from program.flags import parse_args
 from program.progress import progress_bar
 from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
+from tokens.documents import Documents
 from tokens.records import encode_conversation
 from training import update
 from training.flags import LESS_MEMORY, DataFlags, LoRAFlags, OutputFlags, RunFlags
@@ -58,13 +60,13 @@ class SFTConfig(RunFlags, DataFlags, OutputFlags, LoRAFlags):
     seed: int = 42  # of the order of the data
 
 
-def held_out_loss(logps, documents):
+def held_out_loss(logps: Tensor, documents: Documents) -> dict[str, float]:
     """What is logged of held-out conversations, from their answers' log-probabilities (n, 1)."""
     loss = -logps.sum().item() / documents.trained_counts.sum()
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # at most what a float holds
 
 
-def main(flags):
+def main(flags: dict) -> None:
     rank, world, device = start()
     run = open_run(SFTConfig(**flags), device, encode_conversation)
     config, documents, model = run.config, run.documents, run.model

@@ -9,8 +9,7 @@ of 4, and one character a token, of a pair (prompt, chosen, rejected) and a docu
     row      PPPPPCCCCCCRRDDDDD
     tiles    [  ][[  ][][][  ][        also of one token, as the second ones of P and D are
 
-No tile has tokens of two branches, so that nothing which a document computes depends on where it
-lies and on its neighbours.
+No tile has tokens of two branches: what a document computes depends on no neighbour and no place.
 """
 
 import numpy as np
@@ -34,7 +33,7 @@ TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
 # last line, the worst, attention computes 0.6 TFLOP in a block of 7B, its matrices 20.
 
 
-def blocks(kernel, dtype, shared_memory):
+def blocks(kernel: str, dtype, shared_memory: int) -> dict[str, int]:
     """Block sizes of a kernel, by name: of those tried, the largest that spill no registers.
 
     shared_memory: bytes that the chip gives a block, 227 KiB on Hopper; the small sizes fit 99 KiB.
@@ -55,7 +54,7 @@ def blocks(kernel, dtype, shared_memory):
     return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": stages}
 
 
-def attention_tiles(doc_start, doc_end):
+def attention_tiles(doc_start: np.ndarray, doc_end: np.ndarray) -> np.ndarray:
     """tiles (2, n, 4 + 2·h) int32 of a row, from doc_start and doc_end (T,) int32.
 
     tiles[0] are those of queries, tiles[1] the same n tiles as keys, each list in the order in
@@ -80,7 +79,7 @@ def attention_tiles(doc_start, doc_end):
     return np.pad(tiles, ((0, 0), (0, max(0, 2 - len(first))), (0, 0)))
 
 
-def branches(doc_start, doc_end):
+def branches(doc_start: np.ndarray, doc_end: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
     """first and end (b,) of a row's branches, and paths: what each sees, from root to itself."""
     edges = (np.diff(doc_start) != 0) | (np.diff(doc_end) != 0)
     first = np.append(np.zeros(len(doc_start[:1]), np.int64), edges.nonzero()[0] + 1)
@@ -92,7 +91,8 @@ def branches(doc_start, doc_end):
     return first, end, paths
 
 
-def branch_holes(first, end, doc_start, paths):
+def branch_holes(first: np.ndarray, end: np.ndarray, doc_start: np.ndarray,
+                 paths: list) -> np.ndarray:  # fmt: skip
     """(b, 2·h): of each branch the intervals between its document's start and its path's parts."""
     holes = [()] * len(paths)
     for branch in (first > doc_start[first]).nonzero()[0]:  # none in a row of documents

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -30,9 +32,10 @@ class Documents:
     """
 
     def __init__(
-        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1,
-        too_long="cut",
-    ):  # fmt: skip
+        self, paths: list[str | Path], model_folder: str | Path, max_seq_len: int,
+        encode_record: Callable, fallback: str | Path | None = None, per_record: int = 1,
+        too_long: str = "cut",
+    ) -> None:  # fmt: skip
         self.given, self.paths = paths, readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [{n: np.asarray(a) for n, a in arrays.items()} for arrays, _ in caches]
@@ -100,17 +103,17 @@ class Documents:
             sequences.append((arrays["tokens"][span], arrays["trained"][span]))
         return sequences
 
-    def shared_prompt(self, i, chosen_prompt, rejected_prompt):
+    def shared_prompt(self, i: int, chosen_prompt: int, rejected_prompt: int) -> int:
         """Tokens of the prompt of pair i; 0 if chosen and rejected have not the same ids there."""
         (chosen, _), (rejected, _) = self[i]
         same = np.array_equal(chosen[:chosen_prompt], rejected[:rejected_prompt])
         return chosen_prompt if same else 0
 
-    def sequences(self, records):
+    def sequences(self, records: Iterable[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The sequences of some records, one after the other, as `pack_row` takes them."""
         return [sequence for i in records for sequence in self[i]]
 
-    def part(self, chosen):
+    def part(self, chosen: np.ndarray) -> "Documents":
         """The documents of the `chosen` records alone, (records,) of bool."""
         part = copy.copy(self)
         for name, array in vars(self).items():
@@ -119,7 +122,7 @@ class Documents:
         part.key = hashlib.sha256(self.key.encode() + chosen.tobytes()).hexdigest()
         return part
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for the user; before it, one for each folder, and each shape made fit."""
         remarks = {}  # text → the first record of a file that it is true of
         for path in self.paths:
@@ -136,7 +139,7 @@ class Documents:
             f"{self.skipped:,} without a trained token skipped"
         )
 
-    def names(self, records):
+    def names(self, records: Iterable[int]) -> Iterator[str]:
         """Where records come from, `file:line (id …)`: read from the files again."""
         wanted = {(self.file[i, 0], self.numbers[i, 0]) for i in records}
         for file in sorted({file for file, _ in wanted}):
@@ -146,7 +149,7 @@ class Documents:
                     yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
 
 
-def check_micro_tokens(documents, micro_tokens):
+def check_micro_tokens(documents: Documents, micro_tokens: int) -> None:
     """Raise `InputError` where the longest conversation, or pair, does not fit into one row."""
     longest, most = int(documents.tokens.argmax()), documents.tokens.max()
     if most > micro_tokens:
@@ -156,6 +159,6 @@ def check_micro_tokens(documents, micro_tokens):
         )
 
 
-def amount(number, plural):
+def amount(number: int, plural: str) -> str:
     """`1 pair`, `2 pairs`."""
     return f"{number:,} {plural if number != 1 else plural.removesuffix('s')}"
