@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ class Documents:
     """
 
     def __init__(
-        self, paths: list[str | Path], model_folder: str | Path, max_seq_len: int,
+        self, paths: Sequence[str | Path], model_folder: str | Path, max_seq_len: int,
         encode_record: Callable, fallback: str | Path | None = None, per_record: int = 1,
         too_long: str = "cut",
     ) -> None:  # fmt: skip

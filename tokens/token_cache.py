@@ -119,7 +119,7 @@ def make_cache(place: Path, path: Path, model_folder: str | Path, encode_record:
 
 
 def encode_batch(path: Path, model_folder: str, encode_record: Callable, first: int,
-                 batch: list[bytes]) -> tuple[np.ndarray, ...]:  # fmt: skip
+                 batch: list) -> tuple[np.ndarray, ...]:  # fmt: skip
     """Arrays (tokens, trained, index) of consecutive records, numbered from `first`."""
     tokenizer = loaded_tokenizer(model_folder)
     # Bytes take a tenth of the time that a numpy array for each record would.
