@@ -7,6 +7,7 @@ column of bytes, and beside it `….weight.absmax`, `.quant_map`, `.nested_absma
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -18,7 +19,7 @@ STATE = ".quant_state.bitsandbytes__nf4"
 BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 
 
-def check_quantization(values, path):
+def check_quantization(values: dict, path: Path) -> None:
     """Take `quantization_config` out of a config.json's fields if it is one that is read here.
 
     Raises `InputError` for another kind of quantisation.
@@ -36,12 +37,12 @@ def check_quantization(values, path):
             )
 
 
-def is_quantized(files, name):
+def is_quantized(files: dict[str, Path], name: str) -> bool:
     """Whether a tensor is stored in NF4; files: `{name: file}` of all tensors of the folder."""
     return name + STATE in files
 
 
-def check_nf4(files, name, shape):
+def check_nf4(files: dict[str, Path], name: str, shape: tuple[int, int]) -> None:
     """Raise `InputError` unless a weight (N, K) = shape is stored in NF4 as it is read here.
 
     files: `{name: file}` of all tensors of the folder. The codes and scales are not read.
@@ -74,7 +75,7 @@ def check_nf4(files, name, shape):
             raise InputError(f"{files[name]}: {name}{suffix} has other levels than NF4's")
 
 
-def read_nf4(files, name, shape):
+def read_nf4(files: dict[str, Path], name: str, shape: tuple[int, int]) -> nf4.NF4:
     """The `NF4` of a weight (N, K) = shape that `check_nf4` has passed."""
     N, K = shape
     codes = read(files, name).view(torch.uint8).view(N, K // 2)
@@ -83,6 +84,6 @@ def read_nf4(files, name, shape):
     return nf4.NF4(codes, absmax, nested, torch.tensor(offset))
 
 
-def read(files, name):
+def read(files: dict[str, Path], name: str) -> torch.Tensor:
     with safe_open(files[name], "pt") as file:
         return file.get_tensor(name)

@@ -6,6 +6,7 @@ two lists of messages that begin with the prompt; or the prompt stands apart, in
 """
 
 import json
+from collections.abc import Iterable
 
 from tokens.tokenizer import ROLES
 
@@ -17,7 +18,7 @@ SIDES = ("chosen", "rejected")
 # ---- Shapes of conversations
 
 
-def conversation(record):
+def conversation(record: dict) -> list[dict]:
     """The messages of a record; `ValueError` names the fields of one that has no known shape."""
     for fields, _, read in SHAPES:
         if has(record, fields):
@@ -25,12 +26,12 @@ def conversation(record):
     raise ValueError(f"{fields_of(record)}, expected {KNOWN}")
 
 
-def sharegpt(record):
+def sharegpt(record: dict) -> list[dict]:
     refuse_unread(record)
     return plain_messages(record["conversations"], "conversations", ("from", "value"), SHAREGPT)
 
 
-def prompt_completion(record):
+def prompt_completion(record: dict) -> list[dict]:
     refuse_unread(record)
     prompt = one_or_more(record["prompt"], "user", "prompt")
     completion = one_or_more(record["completion"], "assistant", "completion")
@@ -42,7 +43,7 @@ def prompt_completion(record):
     return [message | {"weight": 0} for message in prompt] + completion
 
 
-def alpaca(record):
+def alpaca(record: dict) -> list[dict]:
     refuse_unread(record)
     fields = ("instruction", "input") if has(record, ["input"]) else ("instruction",)
     parts = [text_of(record[name], name) for name in fields]
@@ -68,11 +69,11 @@ UNREAD = ("system", "history", "tools")  # would be lost without a word
 FIELDS = {name for fields, _, _ in SHAPES for name in fields} | {"input", *SIDES, *UNREAD}
 
 
-def is_pair(record):
+def is_pair(record: dict) -> bool:
     return has(record, SIDES)
 
 
-def remark(record, pairs):
+def remark(record: dict, pairs: bool) -> str:
     """What a user should know of a record's shape; empty where it is plain messages."""
     if pairs:
         joined = is_pair(record) and len(pair(record)[0]) > len(record["chosen"])
@@ -80,16 +81,16 @@ def remark(record, pairs):
     return next((text for fields, text, _ in SHAPES if has(record, fields)), "")
 
 
-def has(record, fields):
+def has(record: dict, fields: Iterable[str]) -> bool:
     return all(record.get(name) is not None for name in fields)
 
 
-def fields_of(record):
+def fields_of(record: dict) -> str:
     names = [name if record[name] is not None else f"{name} (null)" for name in sorted(record)]
     return f"found {', '.join(names)[:200] or 'no field'}"
 
 
-def refuse_unread(record):
+def refuse_unread(record: dict) -> None:
     for name in UNREAD:
         if record.get(name):
             raise ValueError(
@@ -101,14 +102,14 @@ def refuse_unread(record):
 # ---- Pairs
 
 
-def pair(record):
+def pair(record: dict) -> list[list[dict]]:
     """The messages of chosen and of rejected, each from the prompt to the answer."""
     if not any(has(record, [name]) for name in SIDES):
         raise ValueError(f"{fields_of(record)}, expected {' and '.join(SIDES)}")
     return [whole_side(record, name) for name in SIDES]
 
 
-def whole_side(record, name):
+def whole_side(record: dict, name: str) -> list[dict]:
     """The messages of one side; those of `prompt` are put before an answer that stands alone."""
     side, prompt = plain_messages(record.get(name), name), record.get("prompt")
     if side[-1]["role"] != "assistant":
@@ -136,7 +137,7 @@ def whole_side(record, name):
     )
 
 
-def texts(messages):
+def texts(messages: list[dict]) -> list[tuple[str, str]]:
     """Roles and contents, stripped as the chat format strips them, to be compared."""
     return [(message["role"], message["content"].strip()) for message in messages]
 
@@ -144,7 +145,10 @@ def texts(messages):
 # ---- Messages
 
 
-def plain_messages(messages, name, keys=("role", "content"), roles=OPENAI):
+def plain_messages(
+    messages: object, name: str, keys: tuple[str, str] = ("role", "content"),
+    roles: dict[str, str] = OPENAI,
+) -> list[dict]:  # fmt: skip
     """The messages as `tokenizer.encode` takes them; `ValueError` names what is wrong in them.
 
     name: of their field. keys: of a message's role and content. roles: known names → roles.
@@ -169,13 +173,13 @@ def plain_messages(messages, name, keys=("role", "content"), roles=OPENAI):
     return plain
 
 
-def one_or_more(value, role, name):
+def one_or_more(value: object, role: str, name: str) -> list[dict]:
     """The messages of a field that holds a list of them, or the text of one."""
     value = [{"role": role, "content": value}] if isinstance(value, str) else value
     return plain_messages(value, name)
 
 
-def is_trained(message, where):
+def is_trained(message: dict, where: str) -> bool:
     """Whether an assistant's message is trained: not with `weight: 0` or `train: false`."""
     for name in ("tool_calls", "function_call"):
         if message.get(name):
@@ -193,7 +197,7 @@ def is_trained(message, where):
     return all(value is None or value for value in values.values())
 
 
-def text_of(content, where):
+def text_of(content: object, where: str) -> str:
     """A content's text: the string itself, or its text parts joined."""
     if isinstance(content, list) and content:
         for k, part in enumerate(content):
@@ -215,7 +219,7 @@ def text_of(content, where):
     return content
 
 
-def excerpt(value):
+def excerpt(value: object) -> str:
     """The first 40 characters of a value as JSON, for a message; parquet holds other types, too."""
     try:
         return json.dumps(value, default=repr)[:40]
