@@ -84,7 +84,7 @@ class PlanConfig(Ignored, RunFlags, DataFlags, OutputFlags, LoRAFlags):
     seed: int = 42  # of the order of the data
 
 
-def main(flags):
+def main(flags: dict) -> bool:
     """Plan, print, and return whether everything fits."""
     config = PlanConfig(**flags)
     check(config)
@@ -114,7 +114,7 @@ def main(flags):
     return all(record["fits"] for record in records)
 
 
-def check(config):
+def check(config: PlanConfig) -> None:
     """Raise `InputError` for a flag with a bad value."""
     given = {name: v for name, v in dataclasses.asdict(config).items() if v is not None}
     check_bounds(dataclasses.make_dataclass("Given", given)(**given))
@@ -130,7 +130,7 @@ def check(config):
         raise InputError(f"--out: {config.out}: no such folder")
 
 
-def read_model(name):
+def read_model(name: str) -> LlamaConfig:
     """The `LlamaConfig` of a folder, or of a size by its name."""
     if name.lower() not in SIZES or Path(name).is_dir():
         if not Path(name).is_dir():
@@ -140,7 +140,7 @@ def read_model(name):
     return LlamaConfig(V, E, F, layers, H, Hk, E // H, 1e-5, theta, False)
 
 
-def stages(config):
+def stages(config: PlanConfig) -> dict[str, updates.Lengths]:
     """`{stage: Lengths}` of what is planned."""
     if not config.data:
         known = {"sft": updates.mixture, "dpo": updates.ultrafeedback}
@@ -170,7 +170,7 @@ def stages(config):
         return {stage: updates.Lengths(name, *sizes)}
 
 
-def write(config, records):
+def write(config: PlanConfig, records: list[dict]) -> None:
     """The JSON file: the figures of the first stage, and under `stages` those of each."""
     record = records[0] | {"stages": {record["stage"]: record for record in records}}
     record |= {"fits": all(record["fits"] for record in records)}

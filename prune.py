@@ -30,6 +30,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ import torch.distributed as dist
 from checkpoint.config import read_config
 from checkpoint.weights import find_tensors, load_hf, weights_key
 from data import best_fit_decreasing
-from model import Llama
+from model import Llama, LlamaConfig
 from program.errors import InputError, RunError, reported
 from program.files import hold_file, written_aside
 from program.flags import check_bounds, parse_args
@@ -88,7 +89,7 @@ class PruneConfig:
     eval_data: str | None = None  # with it: the folder of the tasks' folders, as for evaluate.py
 
 
-def main(flags):
+def main(flags: dict) -> None:
     rank, _, device = start()
     config = with_defaults(PruneConfig(**flags), device)
     out = Path(config.out)
@@ -141,7 +142,7 @@ def main(flags):
             lock.close()
 
 
-def with_defaults(config, device):
+def with_defaults(config: PruneConfig, device: torch.device) -> PruneConfig:
     """The config with its defaults filled in. Raises `InputError` for a bad value of a flag."""
     check_bounds(config)
     out = Path(config.out or "")
@@ -168,17 +169,18 @@ def with_defaults(config, device):
     return dataclasses.replace(config, dtype=dtype)
 
 
-def documents_of(paths, config, encode):
+def documents_of(paths: list[str], config: PruneConfig, encode: Callable) -> Documents:
     documents = Documents(paths, config.model, config.max_seq_len, encode, Path(config.out).parent)
     check_micro_tokens(documents, config.micro_tokens)
     return documents
 
 
-def scores_path(out):
+def scores_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.scores.jsonl")
 
 
-def choice(config, scores, queries, sources, allowed):
+def choice(config: PruneConfig, scores: np.ndarray, queries: Documents | None, sources: list[str],
+           allowed: np.ndarray) -> np.ndarray:  # fmt: skip
     """The candidates to keep, in the order of the data."""
     if config.method in BY_QUERIES:
         tasks = candidates.tasks_of(queries)
@@ -198,7 +200,8 @@ def choice(config, scores, queries, sources, allowed):
 # ---- Scores
 
 
-def scores_of(config, model_config, documents, queries, device):
+def scores_of(config: PruneConfig, model_config: LlamaConfig, documents: Documents,
+              queries: Documents | None, device: torch.device) -> np.ndarray:  # fmt: skip
     """Scores (queries, candidates) fp32 by the method; one row where there are no queries.
 
     What a model computes is kept in a folder beside --out, whose name has a hash of all that it
@@ -229,7 +232,8 @@ def scores_of(config, model_config, documents, queries, device):
     return scores
 
 
-def scores_folder(config, documents, queries, device):
+def scores_folder(config: PruneConfig, documents: Documents, queries: Documents | None,
+                  device: torch.device) -> Path:  # fmt: skip
     names = ["method", "max_seq_len", "dtype"]
     if config.method == "less":
         names += ["seed", "projection", "probe_rank", "warmup_share", "warmup_epochs", "warmup_lr"]
@@ -240,7 +244,8 @@ def scores_folder(config, documents, queries, device):
     return Path(config.out).parent / f"scores-{config.method}-{key}"
 
 
-def score_rows(scores, model, documents, queries, config, folder, device):
+def score_rows(scores: np.ndarray, model: Llama, documents: Documents, queries: Documents | None,
+               config: PruneConfig, folder: Path, device: torch.device) -> None:  # fmt: skip
     """Fill scores by one forward pass of packed rows: rds, perplexity and ifd."""
     longest_first = np.argsort(-documents.tokens, kind="stable").tolist()
     rows = best_fit_decreasing(documents.tokens, longest_first, config.micro_tokens)
@@ -260,7 +265,8 @@ def score_rows(scores, model, documents, queries, config, folder, device):
     fill(scores, rows, documents.tokens, score, config.method)
 
 
-def less(scores, model, documents, queries, config, folder, device):
+def less(scores: np.ndarray, model: Llama, documents: Documents, queries: Documents,
+         config: PruneConfig, folder: Path, device: torch.device) -> None:  # fmt: skip
     """Fill scores by (2) of selection/influence.py, checkpoint after checkpoint."""
     parameters = put_probes(model, config.probe_rank, config.seed)
     influence.warm_up(model, parameters, documents, config, folder, device)
