@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,12 +27,12 @@ TORCHRUN = {
 }  # fmt: skip
 
 
-def wanted(flags):
+def wanted(flags: dict) -> bool:
     """Whether the command line asks for the demo: it names neither model nor data."""
     return not {"model", "data"} & flags.keys()
 
 
-def prepare_sft():
+def prepare_sft() -> dict:
     """Make the base model and the data, remove an earlier result; the flags of the demo's SFT."""
     rank, *_ = start()
     if rank == 0:
@@ -41,7 +42,7 @@ def prepare_sft():
     return tasks.SFT
 
 
-def prepare_dpo():
+def prepare_dpo() -> dict:
     """Train SFT where it is missing, remove an earlier result; the flags of the demo's DPO."""
     rank, *_ = start()
     if not (Path(tasks.SFT["out"]) / "config.json").is_file():
@@ -52,13 +53,13 @@ def prepare_dpo():
     return tasks.DPO
 
 
-def show_effect(flags):
+def show_effect(flags: dict) -> None:
     """Print what held-out prompts get before and after a run of the demo with these flags."""
     if dist.get_rank() == 0:
         compare(flags["model"], flags["out"])
 
 
-def train_sft():
+def train_sft() -> None:
     """Run `python sft.py`, the command that a user would type, so that nobody imports sft.py.
 
     Raises `RunError` on every rank if the command fails.
@@ -74,7 +75,7 @@ def train_sft():
         raise RunError(f"the demo's SFT failed: `python sft.py` ended with status {status}")
 
 
-def without_torchrun(environment):
+def without_torchrun(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment variables, except those that torchrun sets for its workers."""
     return {
         name: value

@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -156,7 +157,7 @@ def conversation(rng: random.Random) -> dict:
     return {"kind": kind, "about": about, "messages": messages, "answer": answer}
 
 
-def assistant(content):
+def assistant(content: str) -> dict:
     return {"role": "assistant", "content": content}
 
 
@@ -189,7 +190,7 @@ def make(folder: Path = FOLDER) -> None:
     make_model(base)
 
 
-def as_conversations(rows):
+def as_conversations(rows: Iterable[dict]) -> list[dict]:
     """The records that SFT takes."""
     return [
         {"dataset": "demo", "id": f"demo_{i}", "messages": row["messages"]}
@@ -197,7 +198,7 @@ def as_conversations(rows):
     ]
 
 
-def as_pairs(rows):
+def as_pairs(rows: Iterable[dict]) -> list[dict]:
     """The records that DPO takes: the sentence is chosen, the bare word rejected."""
     pairs = []
     for i, row in enumerate(rows):
@@ -208,11 +209,11 @@ def as_pairs(rows):
     return pairs
 
 
-def write_lines(path, records):
+def write_lines(path: Path, records: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def make_tokenizer(folder, conversations):
+def make_tokenizer(folder: Path, conversations: list[dict]) -> None:
     """A SentencePiece BPE model with byte fallback, made with the settings of Llama 2's."""
     texts = (
         text
@@ -241,7 +242,7 @@ def make_tokenizer(folder, conversations):
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def make_model(folder):
+def make_model(folder: Path) -> None:
     """Random weights, norms at one."""
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     model = Llama(read_config(folder))

@@ -2,7 +2,12 @@
 
 import dataclasses
 
+from model import LlamaConfig
 from planning import fit, memory, speed, updates
+from planning.gpus import GPU
+from planning.memory import Layout
+from planning.speed import Row
+from planning.updates import Lengths, Updates
 
 BAR = 60  # characters of the bar that stands for a GPU's memory
 LETTERS = {
@@ -25,7 +30,10 @@ MEANING = {
 }
 
 
-def figures(stage, config, layout, gpu, lengths, schedule, recompute=None):
+def figures(
+    stage: str, config: LlamaConfig, layout: Layout, gpu: GPU, lengths: Lengths, schedule: dict,
+    recompute: int | None = None,
+) -> dict:  # fmt: skip
     """The record of one stage ("sft" or "dpo"), by the keys of plan.json.
 
     config: of the model; layout: flags that the user has set; lengths: `Lengths`; schedule: a dict
@@ -72,7 +80,10 @@ TIMES = (
 )  # fmt: skip
 
 
-def times(stage, config, layout, gpu, lengths, planned, schedule):
+def times(
+    stage: str, config: LlamaConfig, layout: Layout, gpu: GPU, lengths: Lengths, planned: Updates,
+    schedule: dict,
+) -> dict:  # fmt: skip
     """The figures of time: means of the updates that were planned."""
     parts, flops, slowest = {}, 0, 0
     for rows in planned.rows:
@@ -99,14 +110,14 @@ def times(stage, config, layout, gpu, lengths, planned, schedule):
     }
 
 
-def model_flops(config, row):
+def model_flops(config: LlamaConfig, row: Row) -> float:
     """As `model_flops` of training/update.py, of a row."""
     attention = 6 * row.squares * config.num_attention_heads * config.head_dim
     products = speed.matrix_flops(config, memory.Layout(), row)
     return sum(products) + config.num_hidden_layers * attention
 
 
-def bar(gib, available):
+def bar(gib: dict[str, float], available: float) -> str:
     """One line: each item's letter for its share of the GPU's memory, dots for what is free."""
     scale = BAR / max(available, gib["total"])
     text, filled = "", 0.0
@@ -117,7 +128,7 @@ def bar(gib, available):
     return f"[{text[:room]:.<{room}}]{text[room:]}"
 
 
-def table(record, price=None):
+def table(record: dict, price: float | None = None) -> list[str]:
     """The record as lines for a person."""
     gib, available = record["gib"], record["gib_available"]
     gpus = f"{record['gpus']} x {record['gpu']}"
@@ -146,7 +157,7 @@ def table(record, price=None):
     return lines + ["", *time_lines(record, price)]
 
 
-def time_lines(record, price):
+def time_lines(record: dict, price: float | None) -> list[str]:
     """The lines of time and cost."""
     lines, seconds = [], record["seconds_per_update"]
     for name, part in record["seconds_by_part"].items():

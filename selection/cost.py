@@ -4,10 +4,15 @@
 is 3.3 hours of an H100 at 400 TFLOP/s; two epochs of training take six times as much.
 """
 
+from collections.abc import Collection
+
+from model import LlamaConfig
 from training.update import model_flops
 
 
-def scoring_flops(model_config, method, lengths, trained, less=None):
+def scoring_flops(
+    model_config: LlamaConfig, method: str, lengths: Collection[int], trained: int, less=None
+) -> int:
     """FLOPs of scoring documents of these lengths (tokens), `trained` of which are trained.
 
     A forward pass is a third of `model_flops`, without the head for rds. With frozen weights a
@@ -26,7 +31,7 @@ def scoring_flops(model_config, method, lengths, trained, less=None):
     return round(2 * forward * passes) + projected
 
 
-def probe_numbers(config, rank):
+def probe_numbers(config: LlamaConfig, rank: int) -> int:
     """D: parameters of the probes of all projections (selection/probe.py)."""
     E, F = config.hidden_size, config.intermediate_size
     H, Hk = (

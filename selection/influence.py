@@ -24,15 +24,20 @@ in Ivison et al. 2025 (46.4 against 44.2): LESS is here to be compared.
 """
 
 import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from data import epoch_order, plan_rows, update_count
+from model import Llama
 from program.files import written_aside
 from selection.embeddings import row_tensors
+from tokens.documents import Documents
 from training.update import learning_rate
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
@@ -44,7 +49,10 @@ GRADIENT_BYTES = 2 << 30  # of the gradients that are projected together
 # ---- The warm-up
 
 
-def warm_up(model, parameters, documents, config, folder, device):
+def warm_up(
+    model: Llama, parameters: list[Tensor], documents: Documents, config, folder: Path,
+    device: torch.device,
+) -> None:  # fmt: skip
     """Train the probe for `config.warmup_epochs` epochs on `config.warmup_share` of the data.
 
     Leaves `folder/checkpoint-<epoch>.pt` after each: probe, optimizer, mean rate of the epoch.
@@ -88,7 +96,7 @@ def warm_up(model, parameters, documents, config, folder, device):
         dist.barrier()
 
 
-def load_checkpoint(path, parameters):
+def load_checkpoint(path: Path, parameters: list[Tensor]) -> dict:
     """Put a checkpoint's probe into `parameters`; its other parts, with `m` and `v` as vectors."""
     state = torch.load(path, map_location=parameters[0].device, weights_only=True)
     with torch.no_grad():
@@ -100,7 +108,7 @@ def load_checkpoint(path, parameters):
     return state
 
 
-def checkpoints(folder, config):
+def checkpoints(folder: Path, config) -> list[Path]:
     """Paths of the warm-up's checkpoints."""
     return [folder / f"checkpoint-{epoch + 1}.pt" for epoch in range(config.warmup_epochs)]
 
@@ -108,22 +116,24 @@ def checkpoints(folder, config):
 # ---- Gradients and their projection
 
 
-def flat(tensors):
+def flat(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def gradient(model, parameters, sequence, device):
+def gradient(
+    model: Llama, parameters: list[Tensor], sequence: tuple, device: torch.device
+) -> Tensor:
     """g of the mean loss of one conversation's trained tokens: a vector, fp32."""
     loss = model(**row_tensors([sequence], device), uniform_gradient=True).mean()
     return flat(torch.autograd.grad(loss, parameters))
 
 
-def adam_step(g, m, v):
+def adam_step(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
     """Γ of (1): the step of Adam with moments m and v on the gradient g, over its rate."""
     return (BETA1 * m + (1 - BETA1) * g) / (BETA2 * v + (1 - BETA2) * g * g + EPS).sqrt()
 
 
-def project(vectors, dimensions, seed):
+def project(vectors: Tensor, dimensions: int, seed: int) -> Tensor:
     """P of (2) times each of vectors (n, D), over √dimensions: (n, dimensions) fp32.
 
     Row by row of Pᵀ in blocks, each of which is a function of (seed, its number).
@@ -138,7 +148,10 @@ def project(vectors, dimensions, seed):
     return out / dimensions**0.5
 
 
-def directions(model, parameters, sequences, config, device, state=None):
+def directions(
+    model: Llama, parameters: list[Tensor], sequences: list[tuple], config, device: torch.device,
+    state: dict | None = None,
+) -> Tensor:  # fmt: skip
     """P g, or with a checkpoint's state P Γ, of each sequence, scaled to length 1: (n, d).
 
     The gradients of as many as GRADIENT_BYTES hold are projected together.
@@ -154,7 +167,10 @@ def directions(model, parameters, sequences, config, device, state=None):
     return F.normalize(torch.cat(projected), dim=-1)
 
 
-def scorer(model, parameters, queries, config, path, device):
+def scorer(
+    model: Llama, parameters: list[Tensor], queries: Documents, config, path: Path,
+    device: torch.device,
+) -> tuple[float, Callable]:  # fmt: skip
     """(rate, score) of a checkpoint: score(sequences) gives cosines (queries, n) as in (2)."""
     state = load_checkpoint(path, parameters)
     wanted = queries.sequences(range(len(queries)))
@@ -167,7 +183,7 @@ def scorer(model, parameters, queries, config, path, device):
     return state["rate"], score
 
 
-def tidy(folder):
+def tidy(folder: Path) -> None:
     """Delete the checkpoints and what they scored: nothing needs them once (2) is complete."""
     for path in [*folder.glob("checkpoint-*.pt"), *folder.glob("scores-*")]:
         os.unlink(path)

@@ -11,7 +11,9 @@ the size of LESS's adapters: uniform in ±1/√K, times their alpha / rank, 512 
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+from model import Llama
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCALE = 4.0  # LESS: alpha 512, rank 128
@@ -20,7 +22,7 @@ SCALE = 4.0  # LESS: alpha 512, rank 128
 class Probe(nn.Module):
     """(1), in place of an `nn.Linear`; B is fp32, all else in the linear's type."""
 
-    def __init__(self, linear, rank, seed):
+    def __init__(self, linear: nn.Linear, rank: int, seed: int) -> None:
         super().__init__()
         self.linear = linear
         N, K = linear.weight.shape
@@ -29,11 +31,11 @@ class Probe(nn.Module):
         self.register_buffer("A", A.to(linear.weight))
         self.B = nn.Parameter(torch.zeros(N, len(A), device=linear.weight.device))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear(x) + F.linear(F.linear(x, self.A), self.B.to(x.dtype))
 
 
-def put_probes(model, rank, seed):
+def put_probes(model: Llama, rank: int, seed: int) -> list[nn.Parameter]:
     """Freeze a loaded model and put probes into it; their parameters B, in the model's order."""
     model.requires_grad_(False)
     probes = []

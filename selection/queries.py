@@ -5,6 +5,7 @@ training question a language: as in Ivison et al. 2025 (arXiv 2503.01807), in th
 evaluations. HumanEval has no examples: the paper takes 16 of its test problems, and ours does not.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from evals import bbh, gsm8k, mmlu, tydiqa
@@ -12,7 +13,7 @@ from evals.harness import Options, published
 from program.errors import InputError
 
 
-def mmlu_queries(folder):
+def mmlu_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted((folder / "dev").glob("*_dev.csv")):
         subject = path.name.removesuffix("_dev.csv")
         about = subject.replace("_", " ")
@@ -22,13 +23,13 @@ def mmlu_queries(folder):
             yield subject, text + mmlu.question_text(question), answer
 
 
-def gsm8k_queries(folder):
+def gsm8k_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     for example in gsm8k.EXAMPLES:
         question = f"Answer the following question.\n\nQuestion: {example['question']}"
         yield "example", question, f"Answer: {example['answer']}"
 
 
-def bbh_queries(folder):
+def bbh_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted(published(folder, "cot-prompts").glob("*.txt")):
         beginning, shots = bbh.examples(path)
         for shot in shots:
@@ -38,7 +39,7 @@ def bbh_queries(folder):
             yield path.stem, f"{beginning}\n\nQ: {question}", f"A: {answer}"
 
 
-def tydiqa_queries(folder):
+def tydiqa_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     items = tydiqa.load(folder, Options())
     for language, example in {i["language"]: i["example"] for i in items}.items():
         instruction, passage, question, answer = tydiqa.TEMPLATES[language]
@@ -51,7 +52,7 @@ QUERIES = {
 }  # fmt: skip
 
 
-def make_queries(tasks, eval_data):
+def make_queries(tasks: list[str], eval_data: str | Path | None) -> list[dict]:
     """Conversations of Tulu's schema for the tasks, whose files are in `eval_data/<task>`."""
     records = []
     for task in tasks:

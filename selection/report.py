@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from program.errors import InputError
+from tokens.documents import Documents
+from tokens.tokenizer import Tokenizer
 
 
-def print_sources(sources, tokens, chosen):
+def print_sources(sources: list[str], tokens: np.ndarray, chosen: np.ndarray) -> None:
     """Kept and all conversations by source, and their mean length."""
     all_of, kept = Counter(sources), Counter(sources[i] for i in chosen)
     print(f"{'source':30}{'kept':>10}{'of':>10}{'share':>8}{'mean tokens':>14}{'of all':>8}")
@@ -29,7 +31,10 @@ def print_sources(sources, tokens, chosen):
         )
 
 
-def print_extremes(tokenizer, documents, queries, best, query, allowed):
+def print_extremes(
+    tokenizer: Tokenizer, documents: Documents, queries: Documents | None, best: np.ndarray,
+    query: np.ndarray | None, allowed: np.ndarray,
+) -> None:  # fmt: skip
     """The three candidates of the highest and of the lowest score, each with its query."""
     candidates = np.flatnonzero(allowed)
     order = candidates[np.argsort(-best[candidates], kind="stable")]
@@ -42,14 +47,14 @@ def print_extremes(tokenizer, documents, queries, best, query, allowed):
                 print(f"          for query {query[i] + 1}: {asked}")
 
 
-def beginning(tokenizer, documents, i):
+def beginning(tokenizer: Tokenizer, documents: Documents, i: int) -> str:
     """The first words of a conversation, on one line."""
     ((ids, _),) = documents[i]
     text = " ".join(tokenizer.decode(ids[:60].tolist()).split())
     return text if len(text) <= 90 else text[:89] + "…"
 
 
-def read_choices(paths, candidates):
+def read_choices(paths: list[str], candidates: int) -> dict[Path, list[bool]]:
     """`{path: kept}` of other choices from the same data, each a FILE.scores.jsonl: lists of bool.
 
     Raises `InputError` for a file of another kind or another number of candidates.
@@ -70,7 +75,7 @@ def read_choices(paths, candidates):
     return choices
 
 
-def print_shared(choices, chosen):
+def print_shared(choices: dict[Path, list[bool]], chosen: np.ndarray) -> None:
     """How many kept conversations each other choice has in common with this one."""
     for path, kept in choices.items():
         shared = sum(kept[i] for i in chosen)
