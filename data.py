@@ -111,9 +111,9 @@ def best_fit_decreasing(lengths: np.ndarray, longest_first: Iterable[int],
 def pack_row(sequences: list[tuple], shared: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Arrays of one packed row, which the model takes, from the `(ids, trained)` of its sequences.
 
-    shared (sequences,): how many tokens at its head a sequence has in common with the last one
-    before it that shares none (0: it is a document of its own). They stand in the row once, and are
-    not trained. Two documents; and a pair, whose prompt `1 5` both answers follow:
+    shared (sequences,): 0 for a document, and for the first of sequences that begin alike, as those
+    of a pair do; for the others, how many tokens at their head the first has, too. They stand in
+    the row once, and are not trained. Two documents; and a pair, whose prompt is `1 5`:
 
         documents   [1 7 8 2] [1 9 2]         pair        [1 5 8 6 2] [1 5 9 2], shared 0 and 2
         input_ids    1 7 8 2   1 9 2          input_ids    1 5 8 6 2 9 2

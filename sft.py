@@ -82,7 +82,7 @@ def main(flags: dict) -> None:
     signals, stop = watch_signals(), False  # a signal is noted there, and obeyed after the update
     bar = progress_bar(total=run.last, initial=first, unit="update", disable=rank > 0)
     for step in range(first, run.last + 1):
-        # Due after `step` updates, also where a stopped run goes on: held-out loss, saving, export.
+        # What is due after `step` updates, also just after a resume: held-out loss, saving, export.
         logps = held_out_logps(run, config, step, signals, device)
         if logps is not None:
             log_held_out(run, step, held_out_loss(logps, run.held_out), bar)

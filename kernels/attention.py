@@ -7,8 +7,8 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135) and FlashAttention-2 (Dao, ar
 Shapes: T tokens of the row, H query heads, Hk key/value heads (H a multiple of Hk), D head size.
 
 Token i sees j if doc_start[i] <= j <= i < doc_end[j]: in documents all before it, and itself. In a
-pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token, and doc_end
-its end, but that of chosen is its own: rejected sees the prompt and itself. The picture is below.
+pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token and doc_end
+the pair's end, but for chosen its own end: so rejected does not see chosen. The picture is below.
 
 Forward. For query i of one head, over the keys j that it sees:
 
@@ -108,7 +108,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor,
 # in a fixed order. Its walk has two parts, F and D of the picture: one loop body, compiled without
 # the mask and with it. The softmax is to base 2: s log2 e in place of s, exp2 of it, and so `lse`
 # is log2 of (1)'s denominator. Rows beyond the end of a walk repeat the last one, and are masked or
-# never stored: none is read that its tokens neither see nor are seen by, and a mask of rows spills.
+# never stored: so no row is read that is not of the walk. (A mask of rows would spill registers.)
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
 LOW = tl.constexpr(-1e30)  # the maximum before any key: finite, because inf - inf is NaN

@@ -2,8 +2,8 @@
 
 Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a run
 of tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen
-or rejected answer. Its tokens see each other causally, and of their document before the branch all
-but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch; with a TILE
+or rejected answer. Its tokens see each other causally, and their document before the branch, except
+holes: rejected does not see chosen. A tile is up to TILE tokens of one branch; with a TILE
 of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:
 
     row      PPPPPCCCCCCRRDDDDD
@@ -17,8 +17,8 @@ import numpy as np
 TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
 
 
-# Pairs of query and key that are computed for each that is seen, in rows of about 16,384 tokens:
-# before, with tiles cut from the row whatever its documents (and prompts twice), and with these.
+# How many scores are computed for each one that is needed, in rows of about 16,384 tokens. Left:
+# with tiles cut from the row whatever its documents, and prompts twice; right: with these tiles.
 #
 #     BM, BN                                forward 128, 128    dq 128, 64      dk, dv 64, 128
 #     chats of 1,097 tokens on average         1.19   1.15      1.16   1.14       1.15   1.10

@@ -24,11 +24,13 @@ class Documents:
     model_folder: of the tokenizer. fallback: the folder for the token cache where the data's cannot
     be written. too_long: a record with a longer sequence is "cut" on the right, left out ("drop"),
     or an "error". documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
-    In memory, int64: lengths, trained_counts and shared (records, per_record), of each sequence its
-    tokens, those that are trained, and those at its head that it shares with the first sequence;
-    tokens and squares (records,), the tokens that a record takes in a row, and the sum of the
-    squared lengths, in which attention's cost is counted. Raises `InputError` for bad data, and
-    where nothing is left to train on.
+    Raises `InputError` for bad data, and where nothing is left to train on. In memory, int64:
+
+        lengths          (records, per_record)   tokens of each sequence
+        trained_counts   (records, per_record)   those that are trained
+        shared           (records, per_record)   those at its head that the record's first one has
+        tokens           (records,)              what a record takes in a row
+        squares          (records,)              its squared lengths, by which attention costs
     """
 
     def __init__(

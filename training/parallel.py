@@ -57,7 +57,7 @@ def shard(model: Llama, config: RunFlags, device: torch.device,
 
 
 def mesh_of_ranks(device: torch.device, world: int, replicas: int) -> DeviceMesh:
-    """All ranks in one row or, of several replicas, in one row each (hybrid sharding, HSDP).
+    """One row of all ranks or, with several replicas, a row for each (hybrid sharding, HSDP).
 
     Weights are sharded along a row. Gradients are summed along it, too, and then over the rows.
     """

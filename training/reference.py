@@ -22,8 +22,8 @@ def answer_logps(model: Llama, documents: Documents, pairs: np.ndarray,
                  device: torch.device) -> torch.Tensor:  # fmt: skip
     """Summed log-probability (n, 2) of the chosen and the rejected answer of each of n pairs.
 
-    The pairs are one packed row, in which a prompt stands once. Of conversations it is (n, 1), of
-    all their answers. Differentiable; the reference is computed by this, too.
+    The pairs are one packed row, in which a prompt stands once. For conversations (n, 1): the sum
+    over all answers of each. Differentiable; the reference is computed by this, too.
     """
     arrays = pack_row(documents.sequences(pairs), documents.shared[pairs].ravel())
     nll = model(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()})  # (N,)

@@ -60,7 +60,7 @@ def clip_gradients(model: torch.nn.Module, clip: float) -> float:
 
 
 def check_finite(step: int, loss: float, grad_norm: float, documents: Documents,
-                 members: np.ndarray) -> None:  # fmt: skip
+                 members: Collection[int]) -> None:  # fmt: skip
     """Raise `RunError`, with the names of the update's data, unless loss and norm are finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         names = ", ".join(documents.names(members))
