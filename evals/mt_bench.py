@@ -98,7 +98,7 @@ def turns(items: list[dict], n: int, answers: Sequence[tuple[str, ...]] = ()) ->
 
 
 def prompt(tokenizer: Tokenizer, item: dict, options: Options,
-           answers: tuple[str, ...] = ()) -> list[int]:  # fmt: skip
+           answers: Sequence[str] = ()) -> list[int]:  # fmt: skip
     """Token ids of the next turn, after the turns that `answers` answered."""
     messages = []
     for question, answer in zip(item["turns"], answers, strict=False):

@@ -108,7 +108,7 @@ def test_rows_are_over_99_percent_full(mean, row_tokens):
     """All but the last, for as many documents as the mixture has; a second each."""
     lengths = tulu_like_lengths(mean, 326_154)
     longest_first = np.argsort(-lengths, kind="stable").tolist()
-    rows = best_fit_decreasing(lengths.tolist(), longest_first, row_tokens)
+    rows = best_fit_decreasing(lengths, longest_first, row_tokens)
     filled = sorted(sum(lengths[i] for i in row) for row in rows)
     assert sum(map(len, rows)) == len(lengths) and filled[-1] <= row_tokens
     assert lengths.sum() / (len(rows) * row_tokens) > 0.99
@@ -117,8 +117,9 @@ def test_rows_are_over_99_percent_full(mean, row_tokens):
 
 def test_best_fit_takes_the_fullest_row_that_has_room():
     """6, 5, 4, 3, 2 into rows of 10: 6 + 4 and 5 + 3 + 2."""
-    assert best_fit_decreasing([6, 5, 4, 3, 2], [0, 1, 2, 3, 4], 10) == [[0, 2], [1, 3, 4]]
-    assert best_fit_decreasing([], [], 10) == []
+    lengths = np.array([6, 5, 4, 3, 2])
+    assert best_fit_decreasing(lengths, range(5), 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit_decreasing(lengths[:0], [], 10) == []
 
 
 def documents_of(*pairs):
@@ -144,7 +145,7 @@ def test_a_packed_row_written_out():
 def test_a_packed_pair_written_out():
     """The other example: the prompt once, and rejected goes on from it; a document before it."""
     pair = ([1, 5, 8, 6, 2], [0, 0, 1, 1, 1]), ([1, 5, 9, 2], [0, 0, 1, 1])
-    row = {name: a.tolist() for name, a in pack_row(documents_of(*pair), [0, 2]).items()}
+    row = {name: a.tolist() for name, a in pack_row(documents_of(*pair), np.array([0, 2])).items()}
     expected = {
         "input_ids": [1, 5, 8, 6, 2, 9, 2],
         "positions": [0, 1, 2, 3, 4, 2, 3],
@@ -154,7 +155,7 @@ def test_a_packed_pair_written_out():
         "labels": [8, 6, 2, 9, 2],
     }
     assert {name: row[name] for name in expected} == expected
-    row = pack_row(documents_of(([1, 4, 2], [0, 0, 1]), *pair), [0, 0, 2])
+    row = pack_row(documents_of(([1, 4, 2], [0, 0, 1]), *pair), np.array([0, 0, 2]))
     assert row["doc_start"].tolist() == [0] * 3 + [3] * 7
     assert row["doc_end"].tolist() == [3] * 3 + [n + 3 for n in expected["doc_end"]]
     assert row["predict"].tolist() == [1] + [n + 3 for n in expected["predict"]]
