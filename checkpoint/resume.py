@@ -138,7 +138,7 @@ def saved_runs(folder: str | Path) -> list[Path]:
     return sorted(places, key=lambda place: (len(place.name), place.name), reverse=True)
 
 
-def recorded_facts(folder: str | Path, unknown: dict | None) -> list[tuple]:
+def recorded_facts(folder: str | Path, unknown: object) -> list[tuple]:
     """`[(place, facts)]` of the checkpoints in `folder`, of all whose manifest can be read.
 
     A manifest from before it held the facts has those of `unknown`.

@@ -43,7 +43,7 @@ def watch_signals() -> list[int]:
 class LastingOutput:
     """A text stream that drops what cannot be written: its terminal or its reader is gone."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: "TextIO | LastingOutput") -> None:
         self.stream = getattr(stream, "lasting", stream)
         self.lasting = self.stream
 
