@@ -72,7 +72,9 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.{1 if size >= 1e10 else 3}f} GB"
 
 
-def explained(error: Exception, folder: str | Path, needed: int = 0, advice: str = "") -> OSError:
+def explained(
+    error: BaseException, folder: str | Path, needed: int = 0, advice: str = ""
+) -> OSError:
     """The plain reason of an error of the disk or of torch.distributed.checkpoint, as an `OSError`.
 
     The latter gathers its ranks' exceptions and shows their tracebacks; of a refused write its

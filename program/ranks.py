@@ -76,7 +76,7 @@ def own_share(names: Iterable) -> list:
     return sorted(names)[dist.get_rank() :: dist.get_world_size()]
 
 
-def raise_together(failure: Exception | None, what: str) -> None:
+def raise_together(failure: BaseException | None, what: str) -> None:
     """Raise `RunError` on every rank if any rank has a failure (an exception, else None)."""
     failures = gather_lists([] if failure is None else [one_line(failure)])
     if failures:
