@@ -72,7 +72,7 @@ CONFIG = {
     "model_type": "llama",
     "vocab_size": 544,
     "hidden_size": 128,
-    "intermediate_size": 352,
+    "intermediate_size": 384,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
