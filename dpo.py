@@ -174,7 +174,7 @@ def main(flags):
         # Log.
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, **metrics, "lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, documents, pairs, seconds, device, world)
+        record |= update.measurements(run, pairs, seconds, device, world)
         record["pairs_per_second"] = len(pairs) / seconds
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()

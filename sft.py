@@ -122,7 +122,7 @@ def main(flags):
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, "loss": loss}
         record |= {"lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, documents, members, seconds, device, world)
+        record |= update.measurements(run, members, seconds, device, world)
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
         if rank == 0:

@@ -80,7 +80,8 @@ def times(stage, config, layout, gpu, lengths, planned, schedule):
             parts[name] = parts.get(name, 0) + seconds / len(planned.rows)
         ranks = [sum(row.tokens for row in rank) for rank in rows]
         slowest += max(ranks) / (sum(ranks) / len(ranks)) / len(planned.rows)
-        flops += sum(model_flops(config, row) for rank in rows for row in rank) / len(planned.rows)
+        each = [model_flops(config, row, layout.lora_rank) for rank in rows for row in rank]
+        flops += sum(each) / len(planned.rows)
     seconds = sum(parts.values())
     count = min(planned.total, schedule["max_steps"] or planned.total)
     hours = count * seconds / 3600
@@ -99,10 +100,10 @@ def times(stage, config, layout, gpu, lengths, planned, schedule):
     }
 
 
-def model_flops(config, row):
+def model_flops(config, row, lora_rank=0):
     """As `model_flops` of training/update.py, of a row."""
     attention = 6 * row.squares * config.num_attention_heads * config.head_dim
-    products = speed.matrix_flops(config, memory.Layout(), row)
+    products = speed.matrix_flops(config, memory.Layout(lora_rank=lora_rank), row)
     return sum(products) + config.num_hidden_layers * attention
 
 

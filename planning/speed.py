@@ -57,11 +57,11 @@ def matrix_flops(config, layout, row):
     """
     L, V, E = config.num_hidden_layers, config.vocab_size, config.hidden_size
     matrices = sum(a * b for a, b in block_matrices(config))
-    forward = 2 * L * matrices * row.tokens
+    forward, head = 2 * L * matrices * row.tokens, 2 * V * E * row.predicted
     if not layout.lora_rank:
-        return forward, 2 * forward + 6 * V * E * row.predicted
+        return forward, 2 * forward + 3 * head
     adapters = 2 * L * adapter_weights(config, layout.lora_rank) * row.tokens
-    return forward + adapters, forward + 2 * adapters + 6 * V * E * row.predicted
+    return forward + adapters, forward + 2 * adapters + 2 * head
 
 
 def attention_seconds(config, gpu, row):
@@ -192,8 +192,12 @@ def update_seconds(config, layout, gpu, rows):
 
 
 def forward_seconds(config, layout, gpu, rows):
-    """Seconds of one forward pass over rows: DPO's reference. A third of the matrix products."""
+    """Seconds of one forward pass over rows: DPO's reference.
+
+    A third of the matrix products or, where weights are frozen, half.
+    """
     total = 0.0
     for same in zip(*rows, strict=True):
         total += max(sum(row_seconds(config, layout, gpu, row).values()) for row in same)
-    return total / (3 + layout.recompute / config.num_hidden_layers)
+    passes = 2 if layout.lora_rank else 3
+    return total / (passes + layout.recompute / config.num_hidden_layers)
