@@ -30,6 +30,12 @@ IMPLEMENTED = {
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None,),
+    "kasa_config": (None,),
+    # The others start from a base with something taken off its weights, and belong to that base.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 

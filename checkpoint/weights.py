@@ -52,7 +52,8 @@ def find_tensors(model, folder, quantized=False):
                     tensor = file.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     files[name] = path
-                    if quantized and name.endswith("_proj.weight") and dtype == "U8":
+                    projection = name in expected and name.endswith("_proj.weight")
+                    if quantized and projection and dtype == "U8":
                         in_nf4 |= {name + suffix: name for suffix in ("", *BESIDE)}
                         continue
                     if name in expected and shape != expected[name]:
