@@ -25,37 +25,50 @@ TORCHRUN = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING",
 }  # fmt: skip
 
+FROM_NOTHING = """
+Adapters alone do not teach the tasks to a base that knows nothing. See what they do for a model
+that knows them: `torchrun sft.py`, then `torchrun dpo.py` with these flags."""
+
 
 def wanted(flags):
     """Whether the command line asks for the demo: it names neither model nor data."""
     return not {"model", "data"} & flags.keys()
 
 
-def prepare_sft():
-    """Make the base model and the data, remove an earlier result; the flags of the demo's SFT."""
+def prepare_sft(lora_rank=0):
+    """Make the base model and the data, remove an earlier result; the flags of the demo's SFT.
+
+    lora_rank: as the user has it; with adapters the demo's learning rate is another.
+    """
     rank, *_ = start()
     if rank == 0:
         tasks.make()
         shutil.rmtree(tasks.SFT["out"], ignore_errors=True)
     dist.barrier()
-    return tasks.SFT
+    return tasks.SFT | (tasks.SFT_LORA if lora_rank else {})
 
 
-def prepare_dpo():
-    """Train SFT where it is missing, remove an earlier result; the flags of the demo's DPO."""
+def prepare_dpo(lora_rank=0):
+    """Train SFT where it is missing, remove an earlier result; the flags of the demo's DPO.
+
+    The SFT that is missing trains all weights, whatever `lora_rank`: adapters need a model that
+    can do something.
+    """
     rank, *_ = start()
     if not (Path(tasks.SFT["out"]) / "config.json").is_file():
         train_sft()
     if rank == 0:
         shutil.rmtree(tasks.DPO["out"], ignore_errors=True)
     dist.barrier()
-    return tasks.DPO
+    return tasks.DPO | (tasks.DPO_LORA if lora_rank else {})
 
 
 def show_effect(flags):
     """Print what held-out prompts get before and after a run of the demo with these flags."""
     if dist.get_rank() == 0:
         compare(flags["model"], flags["out"])
+        if flags.get("lora_rank") and flags["model"] == tasks.SFT["model"]:
+            print(FROM_NOTHING)
 
 
 def train_sft():

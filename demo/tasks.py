@@ -60,6 +60,9 @@ DPO = SFT | {
     "lr": 4e-5,
     "micro_tokens": 8192,
 }
+# With --lora-rank: adapters start at nothing, and all that they learn is in so few numbers.
+SFT_LORA = {"lr": 5e-3}
+DPO_LORA = {"lr": 3e-4}
 
 SEED = 2  # of all that is made here; --seed is that of the order of training
 CONVERSATIONS = 8_000

@@ -38,13 +38,33 @@ def test_every_demo_starts_afresh_and_dpo_from_a_finished_sft(tmp_path, monkeypa
     assert prepare_dpo() == tasks.DPO and called == ["make", "train"]
 
 
-def test_the_effect_is_that_of_the_run_on_its_base(monkeypatch):
-    """`compare(before, after)` gets the folder that training started from, then its result."""
+def test_with_adapters_the_rates_alone_are_others(tmp_path, monkeypatch):
+    """Model, data, output and schedule are the demo's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "make", lambda: None)
+    monkeypatch.setattr(command, "train_sft", lambda: None)
+    for prepare, plain in ((prepare_sft, tasks.SFT), (prepare_dpo, tasks.DPO)):
+        assert prepare(None) == prepare(0) == plain
+        adapted = prepare(16)
+        assert {name for name in plain if adapted[name] != plain[name]} == {"lr"}
+        assert adapted.keys() == plain.keys() and adapted["lr"] > plain["lr"]
+
+
+def test_the_effect_is_that_of_the_run_on_its_base(monkeypatch, capsys):
+    """`compare(before, after)` gets the folder that training started from, then its result.
+
+    What to expect of adapters is said where they start from the base that knows nothing.
+    """
     start()
     compared = []
     monkeypatch.setattr(command, "compare", lambda *folders: compared.append(folders))
     show_effect({"model": "base", "out": "result", "lr": 1.0})
     assert compared == [("base", "result")]
+    for flags in (tasks.SFT, tasks.SFT | {"lora_rank": 0}, tasks.DPO | {"lora_rank": 4}):
+        show_effect(flags)
+    assert capsys.readouterr().out == ""
+    show_effect(tasks.SFT | {"lora_rank": 4})
+    assert "a base that knows nothing" in capsys.readouterr().out
 
 
 @pytest.fixture
