@@ -105,3 +105,11 @@ def one_line(error):
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def amount(number, plural):
+    """`1 pair`, `2 pairs`, `1 query`: a number as it is said to a user."""
+    if number == 1:
+        plural = plural.removesuffix("s")
+        plural = f"{plural.removesuffix('ie')}y" if plural.endswith("ie") else plural
+    return f"{number:,} {plural}"

@@ -27,10 +27,10 @@ from checkpoint.weights import find_tensors, weights_key
 from data import schedule, update_count
 from model import Llama
 from planning.memory import check_layout
-from program.errors import InputError
+from program.errors import InputError, amount
 from program.flags import check_flags, resolve, run_facts
 from program.hardware import environment
-from tokens.documents import Documents, amount
+from tokens.documents import Documents
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 from training.held_out import open_documents
