@@ -192,7 +192,7 @@ if __name__ == "__main__":
     with reported(LESS_MEMORY):
         flags = parse_args(DPOConfig)
         if is_demo := demo.wanted(flags):
-            flags = demo.prepare_dpo() | flags
+            flags = demo.prepare_dpo(flags)
         main(flags)
         if is_demo:
             demo.show_effect(flags)
