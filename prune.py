@@ -41,7 +41,7 @@ from checkpoint.config import read_config
 from checkpoint.weights import find_tensors, load_hf, weights_key
 from data import best_fit_decreasing
 from model import Llama
-from program.errors import InputError, RunError, reported
+from program.errors import InputError, RunError, amount, reported
 from program.files import hold_file, written_aside
 from program.flags import check_bounds, parse_args
 from program.ranks import leave, start
@@ -50,7 +50,7 @@ from selection.cost import scoring_flops
 from selection.probe import put_probes
 from selection.queries import make_queries
 from selection.scores import fill, missing, open_scores
-from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation
 from tokens.report import print_lengths
 from tokens.tokenizer import Tokenizer
@@ -107,7 +107,8 @@ def main(flags):
     if config.method in BY_QUERIES:
         queries = documents_of(config.queries, config, candidates.encode_query)
         if queries.skipped:
-            raise InputError(f"{queries.paths[0]}: {queries.skipped} queries without an answer")
+            found = amount(queries.skipped, "queries")
+            raise InputError(f"{queries.paths[0]}: {found} without an answer")
     if rank == 0:
         print(documents.summary())
         sources, ids, original = candidates.describe(documents)

@@ -35,32 +35,37 @@ def wanted(flags):
     return not {"model", "data"} & flags.keys()
 
 
-def prepare_sft(lora_rank=0):
+def prepare_sft(given):
     """Make the base model and the data, remove an earlier result; the flags of the demo's SFT.
 
-    lora_rank: as the user has it; with adapters the demo's learning rate is another.
+    given: the flags of the command line, which come before the demo's own.
     """
     rank, *_ = start()
     if rank == 0:
         tasks.make()
-        shutil.rmtree(tasks.SFT["out"], ignore_errors=True)
-    dist.barrier()
-    return tasks.SFT | (tasks.SFT_LORA if lora_rank else {})
+    return begin(tasks.SFT, tasks.SFT_LORA, given)
 
 
-def prepare_dpo(lora_rank=0):
+def prepare_dpo(given):
     """Train SFT where it is missing, remove an earlier result; the flags of the demo's DPO.
 
-    The SFT that is missing trains all weights, whatever `lora_rank`: adapters need a model that
-    can do something.
+    That SFT trains all weights, with `lora_rank` too: adapters need a model that can do something.
     """
-    rank, *_ = start()
+    start()
     if not (Path(tasks.SFT["out"]) / "config.json").is_file():
         train_sft()
-    if rank == 0:
-        shutil.rmtree(tasks.DPO["out"], ignore_errors=True)
+    return begin(tasks.DPO, tasks.DPO_LORA, given)
+
+
+def begin(demo, with_lora, given):
+    """The flags of a run of the demo. Its own output folder is emptied, another one is not."""
+    flags = demo | (with_lora if given.get("lora_rank") else {}) | given
+    if given.get("eval_share") and "eval_data" not in given:
+        del flags["eval_data"]  # one or the other
+    if dist.get_rank() == 0 and Path(flags["out"]) == Path(demo["out"]):
+        shutil.rmtree(demo["out"], ignore_errors=True)
     dist.barrier()
-    return tasks.DPO | (tasks.DPO_LORA if lora_rank else {})
+    return flags
 
 
 def show_effect(flags):
