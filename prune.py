@@ -47,7 +47,7 @@ from program.flags import check_bounds, parse_args
 from program.ranks import leave, start
 from selection import candidates, choose, embeddings, influence, report
 from selection.cost import scoring_flops
-from selection.probe import put_probes
+from selection.influence import LessFlags
 from selection.queries import make_queries
 from selection.scores import fill, missing, open_scores
 from tokens.documents import Documents, amount, check_micro_tokens
@@ -63,8 +63,8 @@ LESS_GROUP = 64  # conversations whose scores by less are saved together
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """The flags of prune.py; max_seq_len and less's are the papers'."""
+class PruneConfig(LessFlags):
+    """The flags of prune.py; max_seq_len is the papers'."""
 
     model: str | None = None  # Hugging Face folder of the Llama that reads the data
     data: list[str] | None = None  # conversations, as for sft.py
@@ -79,11 +79,6 @@ class PruneConfig:
     micro_tokens: int = 16384  # most tokens in one forward pass of one rank
     seed: int = 42  # of random choices, and of less
     dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
-    projection: int = 8192  # less: numbers that a gradient is projected to
-    probe_rank: int = 16  # less: rank of the probe whose gradients are taken
-    warmup_share: float = 0.05  # less: share of the data that the probe is trained on first
-    warmup_epochs: int = 4  # less: passes over that share, each of which ends in a checkpoint
-    warmup_lr: float = 2e-5  # less: peak learning rate of the probe
     make_queries: list[str] | None = None  # write the examples of mmlu, gsm8k, bbh, tydiqa to --out
     eval_data: str | None = None  # with it: the folder of the tasks' folders, as for evaluate.py
 
@@ -102,6 +97,8 @@ def main(flags):
         return
     model_config, tokenizer = read_config(config.model), Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
+    if config.method == "less":
+        config = influence.with_rank(config, model_config)
     documents = documents_of(config.data, config, encode_conversation)
     queries = None
     if config.method in BY_QUERIES:
@@ -220,8 +217,6 @@ def scores_of(config, model_config, documents, queries, device):
         flops = scoring_flops(model_config, config.method, documents.lengths[:, 0], trained, config)
         if dist.get_rank() == 0:
             print(f"{config.method}: {flops:.1e} FLOP for all conversations")
-        model.to_empty(device=device)
-        load_hf(model, config.model)
         compute = less if config.method == "less" else score_rows
         compute(scores, model, documents, queries, config, folder, device)
     if bad := np.flatnonzero(missing(scores)).tolist():
@@ -232,7 +227,7 @@ def scores_of(config, model_config, documents, queries, device):
 def scores_folder(config, documents, queries, device):
     names = ["method", "max_seq_len", "dtype"]
     if config.method == "less":
-        names += ["seed", "projection", "probe_rank", "warmup_share", "warmup_epochs", "warmup_lr"]
+        names += ["seed", *(field.name for field in dataclasses.fields(LessFlags))]
     facts = {name: getattr(config, name) for name in names} | {"format": FORMAT}
     facts |= {"weights": weights_key(config.model), "device": device.type, "data": documents.key}
     facts |= {"queries": queries.key if queries else None}
@@ -240,8 +235,15 @@ def scores_folder(config, documents, queries, device):
     return Path(config.out).parent / f"scores-{config.method}-{key}"
 
 
+def load(model, config, device):
+    """Give a model that is on the meta device its memory and weights."""
+    model.to_empty(device=device)
+    load_hf(model, config.model)
+
+
 def score_rows(scores, model, documents, queries, config, folder, device):
     """Fill scores by one forward pass of packed rows: rds, perplexity and ifd."""
+    load(model, config, device)
     longest_first = np.argsort(-documents.tokens, kind="stable").tolist()
     rows = best_fit_decreasing(documents.tokens, longest_first, config.micro_tokens)
     if config.method == "rds":
@@ -262,14 +264,15 @@ def score_rows(scores, model, documents, queries, config, folder, device):
 
 def less(scores, model, documents, queries, config, folder, device):
     """Fill scores by (2) of selection/influence.py, checkpoint after checkpoint."""
-    parameters = put_probes(model, config.probe_rank, config.seed)
-    influence.warm_up(model, parameters, documents, config, folder, device)
+    dropout = influence.put_adapters(model, config)
+    load(model, config, device)
+    influence.warm_up(model, dropout, documents, config, folder, device)
     longest_first = np.argsort(-documents.tokens, kind="stable").tolist()
     groups = [longest_first[k : k + LESS_GROUP] for k in range(0, len(longest_first), LESS_GROUP)]
     rates, parts = [], []
     for number, path in enumerate(influence.checkpoints(folder, config), 1):
         parts.append(open_scores(folder / f"scores-{number}", scores.shape))
-        rate, score = influence.scorer(model, parameters, queries, config, path, device)
+        rate, score = influence.scorer(model, queries, config, path, device)
         rates.append(rate)
         what = f"less, checkpoint {number} of {config.warmup_epochs}"
         fill(parts[-1], groups, documents.tokens,
