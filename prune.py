@@ -29,7 +29,6 @@ from program import threads  # noqa: F401, before torch
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +41,15 @@ from checkpoint.weights import find_tensors, load_hf, weights_key
 from data import best_fit_decreasing
 from model import Llama
 from program.errors import InputError, RunError, reported
-from program.files import hold_file, written_aside
 from program.flags import check_bounds, parse_args
 from program.ranks import leave, start
 from selection import candidates, choose, embeddings, influence, report
 from selection.cost import scoring_flops
 from selection.influence import LessFlags
-from selection.queries import make_queries
-from selection.scores import fill, missing, open_scores
+from selection.queries import write_queries
+from selection.scores import fill, held, missing, open_scores
 from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.readers import data_files
 from tokens.records import encode_conversation
 from tokens.report import print_lengths
 from tokens.tokenizer import Tokenizer
@@ -88,12 +87,11 @@ def main(flags):
     config = with_defaults(PruneConfig(**flags), device)
     out = Path(config.out)
     if config.make_queries:
-        records = make_queries(config.make_queries, config.eval_data)
         if rank == 0:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(out) as file:
-                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-            print(f"{out}: {amount(len(records), 'queries')} of {', '.join(config.make_queries)}")
+            count = write_queries(out, config.make_queries, config.eval_data)
+            print(
+                f"{out}: {count:,} queries, from the examples of {', '.join(config.make_queries)}"
+            )
         return
     model_config, tokenizer = read_config(config.model), Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
@@ -104,12 +102,16 @@ def main(flags):
     if config.method in BY_QUERIES:
         queries = documents_of(config.queries, config, candidates.encode_query)
         if queries.skipped:
-            raise InputError(f"{queries.paths[0]}: {queries.skipped} queries without an answer")
+            raise InputError(
+                f"{queries.paths[0]}: queries without an answer in their first "
+                f"{config.max_seq_len} tokens (--max-seq-len): {queries.skipped}, expected none"
+            )
     if rank == 0:
         print(documents.summary())
         sources, ids, original = candidates.describe(documents)
         first = original == np.arange(len(documents))
-        print(f"{amount(int((~first).sum()), 'exact duplicates')} of another conversation")
+        copies = amount(int((~first).sum()), "exact duplicates")
+        print(f"{copies} of another conversation{', left out' * config.drop_duplicates}")
         allowed = first | (not config.drop_duplicates)
         if allowed.sum() < config.keep:
             raise InputError(
@@ -117,8 +119,7 @@ def main(flags):
             )
         others = report.read_choices(config.compare or [], len(documents))
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold_file(f"{out}.lock", out)
-    try:
+    with held(out):
         scores = scores_of(config, model_config, documents, queries, device)
         if rank == 0:
             chosen = choice(config, scores, queries, sources, allowed)
@@ -132,10 +133,6 @@ def main(flags):
                 report.print_extremes(tokenizer, documents, queries, best, query, allowed)
             report.print_shared(others, chosen)
             print(f"{out}: what is kept; {scores_path(out)}: every score")
-    finally:
-        if rank == 0:
-            os.unlink(lock.name)
-            lock.close()
 
 
 def with_defaults(config, device):
@@ -157,10 +154,11 @@ def with_defaults(config, device):
         expected = ", ".join(choose.SELECTIONS)
         raise InputError(f"--select is {config.select}, expected one of {expected}")
     for path in map(Path, [*config.data, *(config.queries or [])]):
-        if path.resolve() in (out.resolve(), out.resolve().parent):
+        read = {file.resolve() for file in data_files([path])}
+        folders = {file.parent for file in read} if path.is_dir() else set()
+        if {out.resolve(), scores_path(out).resolve()} & read or out.resolve().parent in folders:
             raise InputError(f"--out {out}: among --data or --queries, expected another place")
-    if out.exists() and not scores_path(out).exists():
-        raise InputError(f"--out {out}: exists, and is not prune.py's, expected a new file")
+    report.check_ours(out, scores_path(out))
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return dataclasses.replace(config, dtype=dtype)
 
@@ -180,6 +178,8 @@ def choice(config, scores, queries, sources, allowed):
     if config.method in BY_QUERIES:
         tasks = candidates.tasks_of(queries)
         select = config.select or ("tasks" if len(set(tasks)) > 1 else "queries")
+        number = amount(len(set(tasks)), "tasks")
+        print(f"what is kept serves {len(tasks)} queries of {number} by --select {select}")
         mean = config.method == "less"
         chosen = choose.by_queries(scores, tasks, allowed, config.keep, select, mean)
     elif config.method == "balanced":
@@ -209,16 +209,17 @@ def scores_of(config, model_config, documents, queries, device):
         model = Llama(model_config).to(getattr(torch, config.dtype))
     find_tensors(model, config.model)
     folder = scores_folder(config, documents, queries, device)
-    scores = open_scores(folder / "scores", (len(queries) if queries else 1, len(documents)))
-    unfinished = missing(scores).any()
-    dist.barrier()
-    if unfinished:
-        trained = documents.trained_counts.sum()
-        flops = scoring_flops(model_config, config.method, documents.lengths[:, 0], trained, config)
-        if dist.get_rank() == 0:
-            print(f"{config.method}: {flops:.1e} FLOP for all conversations")
-        compute = less if config.method == "less" else score_rows
-        compute(scores, model, documents, queries, config, folder, device)
+    with held(folder):  # by runs to another --out, too
+        scores = open_scores(folder / "scores", (len(queries) if queries else 1, len(documents)))
+        unfinished = missing(scores).any()
+        dist.barrier()
+        if unfinished:
+            lengths, trained = documents.lengths[:, 0], documents.trained_counts.sum()
+            flops = scoring_flops(model_config, config.method, lengths, trained, config)
+            if dist.get_rank() == 0:
+                print(f"{config.method}: {flops:.1e} FLOP for all conversations")
+            compute = less if config.method == "less" else score_rows
+            compute(scores, model, documents, queries, config, folder, device)
     if bad := np.flatnonzero(missing(scores)).tolist():
         raise RunError(f"no finite score for {', '.join(documents.names(bad[:5]))}")
     return scores

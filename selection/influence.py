@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 from adapters.lora import check_lora, narrowest, put_in
 from data import epoch_order, plan_rows, update_count
-from program.errors import InputError
+from program.errors import InputError, RunError
 from program.files import written_aside
 from selection.embeddings import row_tensors
 from training.update import learning_rate
@@ -61,7 +61,7 @@ class LessFlags:
     projection: int = 8192  # numbers that a gradient is projected to
     lora_rank: int | None = None  # of the adapters (default: 128, or the narrowest projection's)
     warmup_share: float = 0.05  # share of the data that the adapters are trained on first
-    warmup_epochs: int = 4  # passes over that share, each of which ends in a checkpoint
+    warmup_epochs: int = 4  # passes over that share; after each, all data are scored
     warmup_lr: float = 2e-5  # peak learning rate of those passes
 
 
@@ -131,6 +131,9 @@ def warm_up(model, dropout, documents, config, folder, device):
             for group in optimizer.param_groups:
                 group["lr"] = rates[-1]
             optimizer.step()
+        if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+            rate = config.warmup_lr
+            raise RunError(f"less, warm-up: adapters are not finite, at --warmup-lr {rate}")
         if rank == 0:
             with written_aside(path, "wb") as file:
                 state = {"adapters": [parameter.detach() for parameter in parameters]}
