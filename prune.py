@@ -128,6 +128,7 @@ def main(flags):
             candidates.write_scores(scores_path(out), documents, sources, ids, best, query, chosen)
             candidates.write_kept(out, documents, chosen)
             report.print_sources(sources, documents.tokens, chosen)
+            print("of what is kept, ", end="")
             print_lengths(documents.tokens[chosen])
             if config.method in BY_MODEL:
                 report.print_extremes(tokenizer, documents, queries, best, query, allowed)
