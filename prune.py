@@ -40,7 +40,7 @@ from checkpoint.config import read_config
 from checkpoint.weights import find_tensors, load_hf, weights_key
 from data import best_fit_decreasing
 from model import Llama
-from program.errors import InputError, RunError, reported
+from program.errors import InputError, RunError, amount, reported
 from program.flags import check_bounds, parse_args
 from program.ranks import leave, start
 from selection import candidates, choose, embeddings, influence, report
@@ -48,7 +48,7 @@ from selection.cost import scoring_flops
 from selection.influence import LessFlags
 from selection.queries import write_queries
 from selection.scores import fill, held, missing, open_scores
-from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.documents import Documents, check_micro_tokens
 from tokens.readers import data_files
 from tokens.records import encode_conversation
 from tokens.report import print_lengths

@@ -140,7 +140,7 @@ if __name__ == "__main__":
     with reported(LESS_MEMORY):
         flags = parse_args(SFTConfig)
         if is_demo := demo.wanted(flags):
-            flags = demo.prepare_sft() | flags
+            flags = demo.prepare_sft(flags)
         main(flags)
         if is_demo:
             demo.show_effect(flags)

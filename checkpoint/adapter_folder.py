@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from program.errors import InputError
+from program.errors import InputError, amount
 from program.files import read_object
 
 PREFIX = "base_model.model."  # PEFT's, before the names of transformers' modules
@@ -115,7 +115,8 @@ def read_adapter(folder, shapes):
             raise InputError(f"{folder / TENSORS}: {name} is unexpected, expected A and B of LoRA")
     if 2 * len(pairs) != len(tensors) or not pairs:
         raise InputError(
-            f"{folder / TENSORS}: {len(tensors)} tensors, expected a B for each of {len(pairs)} A"
+            f"{folder / TENSORS}: {amount(len(tensors), 'tensors')}, expected a B for each of "
+            f"{len(pairs)} A"
         )
     return scale, pairs, metadata
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from checkpoint.disk import check_space
 from checkpoint.resume import recorded_facts
-from program.errors import InputError, RunError
+from program.errors import InputError, RunError, amount
 from program.files import hold, hold_file, written_aside
 
 
@@ -93,7 +93,8 @@ def check_same_run(folder, facts, last=math.inf):
                 f"would have been another. To train on, begin with its result: --model {folder}"
             )
         elif not others and ended_early:
-            advice = f"; it ended after {done:,} updates, and a larger --max-steps goes on with it"
+            ended = f"it ended after {amount(done, 'updates')}"
+            advice = f"; {ended}, and a larger --max-steps goes on with it"
         raise InputError(
             f"--out {folder}: holds a finished run or a model ({found}), expected a new folder or "
             f"an interrupted run's{advice}"

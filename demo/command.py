@@ -31,25 +31,34 @@ def wanted(flags):
     return not {"model", "data"} & flags.keys()
 
 
-def prepare_sft():
-    """Make the base model and the data, remove an earlier result; the flags of the demo's SFT."""
+def prepare_sft(given):
+    """Make the base model and the data, remove an earlier result; the flags of the demo's SFT.
+
+    given: the flags of the command line, which come before the demo's own.
+    """
     rank, *_ = start()
     if rank == 0:
         tasks.make()
-        shutil.rmtree(tasks.SFT["out"], ignore_errors=True)
-    dist.barrier()
-    return tasks.SFT
+    return begin(tasks.SFT, given)
 
 
-def prepare_dpo():
+def prepare_dpo(given):
     """Train SFT where it is missing, remove an earlier result; the flags of the demo's DPO."""
-    rank, *_ = start()
+    start()
     if not (Path(tasks.SFT["out"]) / "config.json").is_file():
         train_sft()
-    if rank == 0:
-        shutil.rmtree(tasks.DPO["out"], ignore_errors=True)
+    return begin(tasks.DPO, given)
+
+
+def begin(demo, given):
+    """The flags of a run of the demo. Its own output folder is emptied, another one is not."""
+    flags = demo | given
+    if given.get("eval_share") and "eval_data" not in given:
+        del flags["eval_data"]  # one or the other
+    if dist.get_rank() == 0 and Path(flags["out"]) == Path(demo["out"]):
+        shutil.rmtree(demo["out"], ignore_errors=True)
     dist.barrier()
-    return tasks.DPO
+    return flags
 
 
 def show_effect(flags):

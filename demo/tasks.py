@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from checkpoint.config import read_config
 from model import Llama
+from training.flags import DEMO
 
 FOLDER = Path("runs/demo")
 
@@ -41,7 +42,7 @@ SFT = {
     "data": [f"{FOLDER}/conversations.jsonl"],
     "eval_data": [f"{FOLDER}/held_out_conversations.jsonl"],
     "eval_every": 100,
-    "out": f"{FOLDER}/sft",
+    "out": DEMO["sft"],
     "epochs": 2,
     "batch_size": 32,
     "lr": 2.5e-3,
@@ -50,11 +51,11 @@ SFT = {
     "micro_tokens": 4096,
 }
 DPO = SFT | {
-    "model": f"{FOLDER}/sft",
+    "model": DEMO["sft"],
     "data": [f"{FOLDER}/preferences.jsonl"],
     "eval_data": [f"{FOLDER}/held_out_preferences.jsonl"],
     "eval_every": 25,
-    "out": f"{FOLDER}/dpo",
+    "out": DEMO["dpo"],
     "epochs": 1,
     "batch_size": 32,
     "lr": 4e-5,

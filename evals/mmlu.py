@@ -12,7 +12,7 @@ that is too long, ours the first. Its pandas turns a choice "None" into "nan".
 """
 
 from evals.harness import fit_examples, mean_and_error, prompt_ids, published, read_csv, result
-from program.errors import InputError
+from program.errors import InputError, amount
 
 MAX_TOKENS = 2048 + 1  # the original counts without BOS
 LETTERS = "ABCD"
@@ -47,7 +47,8 @@ def load(folder, options):
             dev = published(folder / "dev", f"{subject}_dev.csv")
             examples = read_questions(dev)[:shots]
             if len(examples) < shots:
-                raise InputError(f"{dev}: {len(examples)} questions, expected --mmlu-shots {shots}")
+                found = amount(len(examples), "questions")
+                raise InputError(f"{dev}: {found}, expected --mmlu-shots {shots}")
         items += [
             {"id": f"{subject}/{number}", "subject": subject, "examples": examples, **question}
             for number, question in enumerate(read_questions(path))

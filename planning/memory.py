@@ -20,7 +20,7 @@ torch.compile's partitioner makes, and with the peaks measured on a GPU.
 
 from dataclasses import dataclass
 
-from program.errors import InputError
+from program.errors import InputError, amount
 
 GIB = 2**30
 # Bytes of a weight in NF4 with double quantisation: 4 bits, an 8-bit scale for each 64 weights, an
@@ -155,7 +155,8 @@ def check_layout(config, layout):
         )
     if layout.replicas < 1 or layout.ranks % layout.replicas:
         raise InputError(
-            f"--replicas is {layout.replicas}, expected a divisor of the {layout.ranks} ranks"
+            f"--replicas is {layout.replicas}, expected a divisor of the "
+            f"{amount(layout.ranks, 'ranks')}"
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from planning import fit, memory, speed, updates
+from program.errors import amount
 
 BAR = 60  # characters of the bar that stands for a GPU's memory
 LETTERS = {
@@ -129,11 +130,11 @@ def table(record, price=None):
     lines.append(f"     {'total':<12}{gib['total']:>8.1f}   of {available:.1f}: {verdict}")
     lines += [f"  {bar(gib, available)}", ""]
     blocks, again = record["blocks"], record["recompute"]
-    what = {0: "no block", blocks: f"all {blocks} blocks"}.get(
-        again, f"the last {again} of {blocks} blocks"
+    what = {0: "no block", blocks: f"all {amount(blocks, 'blocks')}"}.get(
+        again, f"the last {again} of {amount(blocks, 'blocks')}"
     )
     lines.append(f"  recomputed in backward: {what} (--recompute {again})")
-    passes = "1 row" if record["rows"] == 1 else f"up to {record['rows']} rows"
+    passes = "up to " * (record["rows"] > 1) + amount(record["rows"], "rows")
     lines.append(
         f"  an update: {record['tokens_per_update']:,.0f} tokens, on each GPU {passes} of up to "
         f"{record['row_tokens']:,}"
@@ -164,7 +165,7 @@ def time_lines(record, price):
         f"  {record['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, MFU {record['mfu']:.1%}"
     )
     total = (
-        f"  {record['updates']:,} updates: {record['hours']:,.1f} hours, "
+        f"  {amount(record['updates'], 'updates')}: {record['hours']:,.1f} hours, "
         f"{record['gpu_hours']:,.0f} GPU hours"
     )
     if price is not None:

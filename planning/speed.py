@@ -84,22 +84,35 @@ def pointwise_bytes(config, layout, row):
     return eager * numbers * (9 * E + heads + 3 * F), eager * numbers * (12 * E + heads + 5 * F)
 
 
+def gather_bytes(layout, trained, frozen):
+    """Bytes that FSDP2 reads and writes on one rank to gather some weights once.
+
+    trained: weights; frozen: bytes of others. A trained weight's share is cast (4 + 2) and, with
+    other ranks, put into the buffer that is gathered (2 + 2); that is copied to where the blocks
+    read it (2 + 2). So one rank alone moves 10 bytes a weight. Source: FSDPParamGroup's `unshard`
+    and `wait_for_unshard`.
+    """
+    b, together = layout.width, layout.group > 1
+    share = ((4 + b + 2 * b * together) * trained + 2 * frozen * together) / layout.group
+    return share + 2 * (b * trained + frozen)
+
+
 def cast_bytes(config, layout, row_number):
     """Bytes that FSDP2 copies in one row on one rank: (forward, backward).
 
-    A gathered weight: its share is cast (4 + 2), and the buffer copied (2 + 2). A gradient is
-    copied to fp32 (2 + 4); of the share, the sum is copied (8) and, from the second row on, added
-    to the earlier rows' (12).
+    Weights as in `gather_bytes`, the blocks' a second time where they are freed after forward. A
+    gradient is copied to fp32 (2 + 4); of the share, the sum is copied (8) and, from the second row
+    on, added to the earlier rows' (12).
     """
     L, b = config.num_hidden_layers, layout.width
-    (block, frozen), (root, root_frozen) = stored(config, layout)
-    trained, still = L * block + root, L * frozen + root_frozen
+    (block, frozen), root = stored(config, layout)
+    trained = L * block + root[0]
     if not layout.wrapped:
         return 0, 12 * trained * (row_number > 0)
-    copies = 2 * (b * trained + still)
-    gather = (4 + b) * trained / layout.group + copies
+    blocks = gather_bytes(layout, L * block, L * frozen)
     reduce = (b + 4) * trained + (8 + 12 * (row_number > 0)) * trained / layout.group
-    return gather, reduce + (0 if layout.keeps_gathered else gather)
+    again = 0 if layout.keeps_gathered else blocks
+    return blocks + gather_bytes(layout, *root), reduce + again
 
 
 def decode_bytes(config, layout):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from program.errors import InputError
+from program.errors import InputError, amount
 
 
 def print_sources(sources, tokens, chosen):
@@ -78,8 +78,8 @@ def read_choices(paths, candidates):
             raise InputError(f"--compare {path}: {error}, expected a FILE.scores.jsonl") from None
         if len(kept) != candidates:
             raise InputError(
-                f"--compare {path}: {len(kept):,} candidates, expected the {candidates:,} of "
-                "this data"
+                f"--compare {path}: {amount(len(kept), 'candidates')}, expected the "
+                f"{candidates:,} of this data"
             )
         choices[path] = kept
     return choices

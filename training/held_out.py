@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from checkpoint.run_folder import append_record
-from program.errors import InputError, RunError
+from program.errors import InputError, RunError, amount
 from program.ranks import sum_over_ranks
-from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.documents import Documents, check_micro_tokens
 from training.reference import summed_logps
 
 

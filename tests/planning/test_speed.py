@@ -3,14 +3,19 @@
 import json
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan import GPU_RESULTS, STEP, computed, measured
 from plan import SIZES, read_model
 from planning import speed
 from planning.gpus import GPUS
-from planning.memory import Layout
+from planning.memory import Layout, block_weights, weights
 from planning.report import model_flops
 from program.hardware import PEAK_FLOPS
+from program.ranks import start
 from training import update
 
 STEP_LAYOUT = Layout(rows=1, recompute=32)
@@ -46,6 +51,40 @@ def test_flops_are_those_of_the_loops(size):
     config, lengths = read_model(size), [7, 1500, 1]
     row = speed.Row(sum(lengths), sum(n * n for n in lengths), 600)
     assert model_flops(config, row) == update.model_flops(config, lengths, 600)
+
+
+class Copied(TorchDispatchMode):
+    """Bytes that casts and copies read and write inside of it."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            self.size += out.nbytes + (args[0] if out is not args[0] else args[1]).nbytes
+        return out
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_what_fsdp_copies_to_gather_on_one_rank(trained):
+    """A trained weight is cast and copied, a frozen one of the compute type is copied: no more."""
+    start()
+    dtype = torch.float32 if trained else torch.bfloat16
+    layer = torch.nn.Linear(7, 37, bias=False, dtype=dtype).requires_grad_(trained)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    with Copied() as copied:
+        layer.unshard()
+    sizes = (7 * 37, 0) if trained else (0, 2 * 7 * 37)
+    assert copied.size == speed.gather_bytes(Layout(), *sizes)
+
+
+def test_blocks_that_are_freed_are_gathered_a_second_time():
+    """Not embedding and head, which stay; and `fastest` weighs the same bytes."""
+    config = read_model("7b")
+    kept, freed = (speed.cast_bytes(config, Layout(reshard=freed), 1) for freed in (False, True))
+    assert kept[0] == freed[0] == 10 * weights(config)
+    assert freed[1] - kept[1] == 10 * 32 * block_weights(config)
 
 
 def test_recomputation_adds_the_forward_pass_of_its_blocks():
