@@ -99,8 +99,8 @@ def held_out_means(policy, reference, beta):
 def check_first_loss(step, loss, config):
     """Raise `RunError` unless the first update's loss is ln 2: policy and reference are one model.
 
-    Rounding depends on what else is in the row, and sums of log-probabilities accumulate it: some
-    1e-2 in fp32, more in bf16. The loss changes by about beta / 2 times that."""
+    Matrix products of another row length round otherwise, and sums of log-probabilities accumulate
+    that: at most 1e-2 in fp32, more in bf16. The loss changes by about beta / 2 times that."""
     tolerance = (1e-2 if config.dtype == "float32" else 0.5) * max(config.beta, 0.1)
     if step == 0 and not abs(loss - math.log(2)) < tolerance:
         raise RunError(
