@@ -78,7 +78,8 @@ SHAPES = (
     (("prompt", "completion"), (), "prompt and completion: the completion is trained",
      prompt_completion),
     (("instruction", "output"), ("input", "history"), "Alpaca's instruction and input, a blank "
-     "line between them, become the user's message: the output is trained", alpaca),
+     "line between them, become the user's message, after its history: every answer is trained",
+     alpaca),
 )  # fmt: skip
 APART = "the prompt stands apart from chosen and rejected, and is put before them"
 KNOWN = ", or ".join(" and ".join(fields) for fields, *_ in SHAPES)
