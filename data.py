@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from kernels.attention_tiles import attention_tiles
-from program.errors import InputError, reported
+from program.errors import InputError, amount, reported
 from program.flags import check_bounds, parse_args
 from tokens import readers
-from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation, encode_pair
 from tokens.report import print_lengths, print_sequences
 from tokens.shapes import FIELDS, is_pair
@@ -196,7 +196,7 @@ def main(flags: dict) -> None:
         print(schedule(len(documents), documents.kind, config.batch_size, config.epochs))
         turns, lengths = documents.turns, documents.tokens
         if not pairs:
-            print(f"{turns.sum():,} assistant turns, {turns.mean():.2f} a conversation")
+            print(f"{amount(turns.sum(), 'assistant turns')}, {turns.mean():.2f} a conversation")
         print_lengths(lengths, documents.kind[:-1])
         print_rows(lengths, config, documents.kind)
         tokenizer = loaded_tokenizer(str(config.model))
@@ -238,7 +238,7 @@ def print_rows(lengths: np.ndarray, config: DataConfig, kind: str) -> None:
     row = config.micro_tokens
     print(
         f"packed into rows of {row:,} tokens: {lengths.sum() / overall / row:.2%} full over all "
-        f"the data; an update of {min(config.batch_size, len(lengths))} {kind} takes "
+        f"the data; an update of {amount(min(config.batch_size, len(lengths)), kind)} takes "
         f"{rows / updates:.1f} rows on one rank, {tokens / rows / row:.1%} full"
     )
     order = epoch_order(len(lengths), config.seed, 0)

@@ -175,7 +175,7 @@ def main(flags: dict) -> None:
         # Log.
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, **metrics, "lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, documents, pairs, seconds, device, world)
+        record |= update.measurements(run, pairs, seconds, device, world)
         record["pairs_per_second"] = len(pairs) / seconds
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
@@ -193,7 +193,7 @@ if __name__ == "__main__":
     with reported(LESS_MEMORY):
         flags = parse_args(DPOConfig)
         if is_demo := demo.wanted(flags):
-            flags = demo.prepare_dpo() | flags
+            flags = demo.prepare_dpo(flags)
         main(flags)
         if is_demo:
             demo.show_effect(flags)

@@ -33,7 +33,7 @@ from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from demo.command import train_sft
 from demo.compare import newest_model
-from program.errors import InputError, reported
+from program.errors import InputError, amount, reported
 from program.files import hold, whole_lines
 from program.flags import check_bounds, parse_args
 from program.progress import progress_bar
@@ -223,7 +223,7 @@ def answer_file(generator: TextGenerator, records: list[dict], prompts: list[lis
     if rank == 0:
         os.replace(partial, out)
         now = f"{len(records) - done:,} made now, {cut_off:,} of them cut off for their length"
-        print(f"{out}: {len(records):,} answers, {now}")
+        print(f"{out}: {amount(len(records), 'answers')}, {now}")
 
 
 def answers_key(generator: TextGenerator, records: list[dict], prompts: list[list[int]],

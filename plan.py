@@ -21,20 +21,21 @@ from pathlib import Path
 from checkpoint.config import read_config
 from model import LlamaConfig
 from planning import updates
-from planning.gpus import find_gpu
+from planning.gpus import GPU, find_gpu
 from planning.memory import Layout, check_layout
 from planning.report import figures, table
 from program.errors import InputError, reported
 from program.files import written_aside
 from program.flags import check_bounds, parse_args
 from selection.cost import scoring_flops
+from selection.influence import LessFlags, with_rank
 from tokens import readers
 from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation, encode_pair
 from tokens.shapes import FIELDS, is_pair
 from training.flags import DataFlags, LoRAFlags, OutputFlags, RunFlags
 
-FORWARD = 0.4  # share of the peak that a forward pass alone reaches, for prune.py's hours
+FORWARD = 0.4  # share of the peak that prune.py is taken to reach
 
 # Layers, E, F, H, Hk, V and rope_theta: the table in model.py.
 SIZES = {
@@ -105,13 +106,22 @@ def main(flags: dict) -> bool:
         )
         print("\n".join(table(records[-1], config.price)) + "\n")
         if stage == "sft":
-            flops = scoring_flops(model_config, "rds", lengths.tokens[:, 0], lengths.trained.sum())
-            hours = flops / (FORWARD * gpu.flops) / 3600
-            print(f"choosing among them first (prune.py, rds): {hours:.1f} GPU hours\n")
+            print(choosing(model_config, gpu, lengths) + "\n")
     print("computed, not measured: planning/ says from what, results/README.md how far off")
     if config.out:
         write(config, records)
     return all(record["fits"] for record in records)
+
+
+def choosing(model_config: LlamaConfig, gpu: GPU, lengths: updates.Lengths) -> str:
+    """What prune.py takes for as many conversations, in a line."""
+    flags = with_rank(LessFlags(), model_config)
+    hours = [
+        scoring_flops(model_config, method, lengths.tokens[:, 0], lengths.trained.sum(), flags)
+        / (FORWARD * gpu.flops) / 3600
+        for method in ("rds", "less")
+    ]  # fmt: skip
+    return "choosing among them first (prune.py): rds {:.1f} GPU hours, less {:.1f}".format(*hours)
 
 
 def check(config: PlanConfig) -> None:

@@ -189,7 +189,7 @@ def plot_packing(json_path: str | Path, png_path: str | Path, note: str = "") ->
                 axis.broken_barh(spans[kind], (y - 0.4, 0.8), facecolor=colour)
         tokens = sum(width for spans in passes for kind in spans for _, width in spans[kind])
         axis.set_title(
-            f"{name}: {len(passes)} forward passes, {tokens:,} tokens, "
+            f"{name}: {len(passes)} forward pass{'es' * (len(passes) > 1)}, {tokens:,} tokens, "
             f"{sum(lengths) / tokens:.0%} of them useful", fontsize=10, loc="left",
         )  # fmt: skip
         axis.set(ylabel="forward pass", yticks=range(1, len(passes) + 1))

@@ -124,7 +124,7 @@ def main(flags: dict) -> None:
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, "loss": loss}
         record |= {"lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, documents, members, seconds, device, world)
+        record |= update.measurements(run, members, seconds, device, world)
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
         if rank == 0:
@@ -142,7 +142,7 @@ if __name__ == "__main__":
     with reported(LESS_MEMORY):
         flags = parse_args(SFTConfig)
         if is_demo := demo.wanted(flags):
-            flags = demo.prepare_sft() | flags
+            flags = demo.prepare_sft(flags)
         main(flags)
         if is_demo:
             demo.show_effect(flags)

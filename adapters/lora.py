@@ -14,7 +14,7 @@ Names are PEFT's, less its prefix: `….q_proj.lora_A.weight`. adapters/dropout.
 depends on; checkpoint/adapter_folder.py writes PEFT's format.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -31,29 +31,38 @@ from program.errors import InputError
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def put_in(model: Llama, config) -> Dropout:
+def put_in(model: Llama, config, names: Iterable[str] = PROJECTIONS) -> Dropout:
     """Freeze a model that is on the meta device, and put adapters into it, in place.
 
     config: flags `lora_rank` (0: the model stays as it is), `lora_alpha`, `lora_dropout`,
-    `quantize`, `seed`, `dtype`. Returns the adapters' `Dropout`, to which the loop tells each
-    update's number. Raises `InputError` for a flag that does not go with the model.
+    `quantize`, `seed`, `dtype`. names: of the projections that get them. Returns the adapters'
+    `Dropout`, to which the loop tells each update's number. Raises `InputError` for a flag that
+    does not go with the model.
     """
     check_lora(model.config, config)
     dropout = Dropout(config.lora_dropout, config.seed)
     if config.lora_rank:
         model.to(getattr(torch, config.dtype)).requires_grad_(False)
         with torch.device("meta"):
-            for number, (block, name) in enumerate(projections(model)):
+            for number, (block, name) in enumerate(projections(model, names)):
                 setattr(block, name, LoRALinear(getattr(block, name), number, dropout, config))
         dropout.listen(model.model)
     return dropout
 
 
-def projections(model: Llama) -> Iterator[tuple[nn.Module, str]]:
-    """(module, name) of every projection of the blocks."""
+def projections(
+    model: Llama, names: Iterable[str] = PROJECTIONS
+) -> Iterator[tuple[nn.Module, str]]:
+    """(module, name) of every projection of the blocks that has one of the names."""
     for block in model.model.layers:
         for parent in (block.self_attn, block.mlp):
-            yield from ((parent, name) for name in PROJECTIONS if hasattr(parent, name))
+            yield from ((parent, name) for name in names if hasattr(parent, name))
+
+
+def narrowest(model_config: LlamaConfig) -> int:
+    """The width of the model's narrowest projection: no rank is higher."""
+    kv = model_config.num_key_value_heads * model_config.head_dim
+    return min(model_config.hidden_size, model_config.intermediate_size, kv)
 
 
 def check_lora(model_config: LlamaConfig, config) -> None:
@@ -67,11 +76,10 @@ def check_lora(model_config: LlamaConfig, config) -> None:
             "--quantize nf4 without --lora-rank: quantised weights are not trained themselves, "
             "expected a --lora-rank from 1 up"
         )
-    narrowest = min(E, F, model_config.num_key_value_heads * D)
-    if config.lora_rank > narrowest:
+    if config.lora_rank > narrowest(model_config):
         raise InputError(
-            f"--lora-rank is {config.lora_rank}, expected at most {narrowest}, the width of the "
-            "model's narrowest projection"
+            f"--lora-rank is {config.lora_rank}, expected at most {narrowest(model_config)}, the "
+            "width of the model's narrowest projection"
         )
     widths = {"hidden_size": E, "heads · head_dim": H * D, "intermediate_size": F}
     for name, width in widths.items():
@@ -113,8 +121,9 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = nf4.linear(x, self.state()) if self.quantized else F.linear(x, self.weight)
         x = self.dropout.drop(x, self.feature_keys)
-        h = F.linear(x, self.lora_A.weight) * self.scale  # (T, R): scaled where it is small
-        return y.addmm_(h, self.lora_B.weight.T)
+        A, B = self.lora_A.weight.to(x.dtype), self.lora_B.weight.to(x.dtype)  # from fp32
+        h = F.linear(x, A) * self.scale  # (T, R): scaled where it is small
+        return y.addmm_(h, B.T)
 
     def state(self) -> nf4.NF4:
         """The quantised weight; while FSDP has gathered it, all of it."""

@@ -35,6 +35,7 @@ from decoding.room import token_bytes
 from decoding.sampling import Sampling
 from evals.harness import read_jsonl
 from model import Llama
+from program.errors import amount
 from program.flags import parse_args
 from program.ranks import start
 from tokens.tokenizer import Tokenizer
@@ -239,7 +240,7 @@ def show(name, case, bandwidth):
         f"{name:14}{ours:12,.1f}{theirs:14,.1f}{case['speed_up']:8.2f}{case['cpu_speed_up']:13.2f}"
     )
     print(
-        f"{'':14}{case['prompts']} prompts of {case['prompt_tokens']:,} tokens, "
+        f"{'':14}{amount(case['prompts'], 'prompts')} of {case['prompt_tokens']:,} tokens, "
         f"{case['new_tokens']:,} new ones; {case['different_answers']} answers differ"
     )
     read = case["bytes"] / case["new_tokens"] * ours

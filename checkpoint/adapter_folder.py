@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from program.errors import InputError
+from program.errors import InputError, amount
 from program.files import read_object
 
 PREFIX = "base_model.model."  # PEFT's, before the names of transformers' modules
@@ -31,6 +31,12 @@ IMPLEMENTED = {
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None,),
+    "kasa_config": (None,),
+    # The others start from a base with something taken off its weights, and belong to that base.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -120,7 +126,8 @@ def read_adapter(
             raise InputError(f"{folder / TENSORS}: {name} is unexpected, expected A and B of LoRA")
     if 2 * len(pairs) != len(tensors) or not pairs:
         raise InputError(
-            f"{folder / TENSORS}: {len(tensors)} tensors, expected a B for each of {len(pairs)} A"
+            f"{folder / TENSORS}: {amount(len(tensors), 'tensors')}, expected a B for each of "
+            f"{len(pairs)} A"
         )
     return scale, pairs, metadata
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from checkpoint.disk import check_space
 from checkpoint.resume import recorded_facts
-from program.errors import InputError, RunError
+from program.errors import InputError, RunError, amount
 from program.files import hold, hold_file, written_aside
 
 
@@ -99,7 +99,8 @@ def check_same_run(folder: Path, facts: dict, last: float = math.inf) -> None:
                 f"would have been another. To train on, begin with its result: --model {folder}"
             )
         elif not others and ended_early:
-            advice = f"; it ended after {done:,} updates, and a larger --max-steps goes on with it"
+            ended = f"it ended after {amount(done, 'updates')}"
+            advice = f"; {ended}, and a larger --max-steps goes on with it"
         raise InputError(
             f"--out {folder}: holds a finished run or a model ({found}), expected a new folder or "
             f"an interrupted run's{advice}"

@@ -54,7 +54,7 @@ def find_tensors(model: Llama, folder: str | Path, quantized: bool = False) -> d
                     tensor = file.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     files[name] = path
-                    if quantized and name.endswith("_proj.weight") and dtype == "U8":
+                    if quantized and dtype == "U8" and name in expected and "_proj." in name:
                         in_nf4 |= {name + suffix: name for suffix in ("", *BESIDE)}
                         continue
                     if name in expected and shape != expected[name]:

@@ -46,7 +46,7 @@ class CachedModel:
                 f"a prompt and its answer have {tokens} tokens, expected at most {self.context}"
             )
         step = GPU_STEP if self.by_memory else STEP
-        capacity, slots = -(-tokens // step) * step, self.slots
+        capacity, slots = max(1, -(-tokens // step)) * step, self.slots
         if self.by_memory:
             held = sum(tensor.nbytes for tensor in self.cache.both) if self.cache else 0
             free = gpu_of(self.device).free + held

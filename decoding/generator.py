@@ -177,7 +177,8 @@ class TextGenerator:
         cache = self.cached.cache
         if cache is None or cache.capacity < len(ids) + limit:
             self.streamed = []
-            self.cached.make_room(min(2 * (len(ids) + limit), self.context))  # room for more turns
+            room = min(2 * (len(ids) + limit), self.context)  # for more turns, too
+            self.cached.make_room(room, sequences=1)
         known = len(os.path.commonprefix([self.streamed, ids[:-1]]))
         sequence = Sequence(0, ids, limit, np.random.default_rng([sampling.seed, len(ids)]))
         self.streamed = self.streamed[:known]

@@ -32,8 +32,9 @@ def option_logps(
         for (_, i, k), logp in zip(scored, of_firsts, strict=True):
             logps[i][k] = logp
         longer = [(slot, i, k) for slot, i, k in scored if len(options[i][k]) > 1]
-        for begin in range(0, len(longer), model.slots):
-            part = longer[begin : begin + model.slots]
+        while longer:
+            n = how_many_fit([len(options[i][k]) for _, i, k in longer[: model.slots]], model.slots)
+            part, longer = longer[:n], longer[n:]
             slots, starts = [slot for slot, *_ in part], [len(prompts[i]) for _, i, _ in part]
             nll = model.nll(slots, starts, [options[i][k] for _, i, k in part])
             for (_, i, k), rest in zip(part, nll, strict=True):

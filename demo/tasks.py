@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 
 from checkpoint.config import read_config
 from model import Llama
+from training.flags import DEMO
 
 FOLDER = Path("runs/demo")
 
@@ -42,7 +43,7 @@ SFT = {
     "data": [f"{FOLDER}/conversations.jsonl"],
     "eval_data": [f"{FOLDER}/held_out_conversations.jsonl"],
     "eval_every": 100,
-    "out": f"{FOLDER}/sft",
+    "out": DEMO["sft"],
     "epochs": 2,
     "batch_size": 32,
     "lr": 2.5e-3,
@@ -51,16 +52,19 @@ SFT = {
     "micro_tokens": 4096,
 }
 DPO = SFT | {
-    "model": f"{FOLDER}/sft",
+    "model": DEMO["sft"],
     "data": [f"{FOLDER}/preferences.jsonl"],
     "eval_data": [f"{FOLDER}/held_out_preferences.jsonl"],
     "eval_every": 25,
-    "out": f"{FOLDER}/dpo",
+    "out": DEMO["dpo"],
     "epochs": 1,
     "batch_size": 32,
     "lr": 4e-5,
     "micro_tokens": 8192,
 }
+# With --lora-rank: adapters start at nothing, and all that they learn is in so few numbers.
+SFT_LORA = {"lr": 5e-3}
+DPO_LORA = {"lr": 3e-4}
 
 SEED = 2  # of all that is made here; --seed is that of the order of training
 CONVERSATIONS = 8_000
@@ -73,7 +77,7 @@ CONFIG = {
     "model_type": "llama",
     "vocab_size": 544,
     "hidden_size": 128,
-    "intermediate_size": 352,
+    "intermediate_size": 384,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from decoding.generator import Completion, TextGenerator
 from decoding.sampling import Sampling
-from program.errors import InputError
+from program.errors import InputError, amount
 from program.files import written_aside
 from program.progress import progress_bar
 from program.ranks import gather_lists
@@ -81,8 +81,8 @@ class Records:
         changed = sum((self.task, item["id"]) in self.known for item in left)
         if changed and rank == 0:
             print(
-                f"{self.task}: {changed:,} of {len(items):,} items have changed since they were "
-                "answered, and are asked again",
+                f"{self.task}: {changed:,} of {amount(len(items), 'items')} "
+                f"{'has' if changed == 1 else 'have'} changed since the answer: asked again",
                 file=sys.stderr,
             )
         self.done = len(items) - len(left)

@@ -24,7 +24,7 @@ from evals.harness import (
     read_csv,
     result,
 )
-from program.errors import InputError
+from program.errors import InputError, amount
 from tokens.tokenizer import Tokenizer
 
 MAX_TOKENS = 2048 + 1  # the original counts without BOS
@@ -60,7 +60,8 @@ def load(folder: Path, options: Options) -> list[dict]:
             dev = published(folder / "dev", f"{subject}_dev.csv")
             examples = read_questions(dev)[:shots]
             if len(examples) < shots:
-                raise InputError(f"{dev}: {len(examples)} questions, expected --mmlu-shots {shots}")
+                found = amount(len(examples), "questions")
+                raise InputError(f"{dev}: {found}, expected --mmlu-shots {shots}")
         items += [
             {"id": f"{subject}/{number}", "subject": subject, "examples": examples, **question}
             for number, question in enumerate(read_questions(path))

@@ -110,14 +110,15 @@ def merge_kernel(parts, lse, out, D: tl.constexpr, SPLITS: tl.constexpr):
     tl.store(out + row * D + columns, o.to(out.dtype.element_ty), mask=columns < D)
 
 
-def decode_blocks(dtype: torch.dtype) -> dict[str, int]:
+def decode_blocks(dtype: torch.dtype, D: int) -> dict[str, int]:
     """Sizes of `decode_kernel`, by name: keys at a time, and Triton's options.
 
     What limits it is memory: three stages keep 2 times 32 KiB on their way for each program. Not
     tuned on a chip; tests/kernels/test_kernels_compiled.py compiles all of them.
     """
     if dtype.itemsize == 4:  # runs without tensor cores: it is there to check the others by
-        return {"BN": 16, "num_warps": 8, "num_stages": 1}
+        # On sm_90 heads above 64 spill with 32 keys at a time, and those of 32 with 16.
+        return {"BN": 16 if D > 64 else 32, "num_warps": 8, "num_stages": 1}
     return {"BN": 64, "num_warps": 4, "num_stages": 3}
 
 
@@ -156,8 +157,9 @@ def decode_attention(
     out, lse = torch.empty_like(q), q.new_empty(B, H, splits, dtype=torch.float32)
     parts = out if splits == 1 else q.new_empty(B, H, splits, D, dtype=torch.float32)
     decode_kernel[Hk * splits, B](
-        q, k, v, keys, values, positions, parts, lse, S, H, Hk, D, splits, **decode_blocks(q.dtype)
-    )
+        q, k, v, keys, values, positions, parts, lse, S, H, Hk, D, splits,
+        **decode_blocks(q.dtype, D),
+    )  # fmt: skip
     if splits > 1:
         merge_kernel[(B * H,)](parts, lse, out, D, splits)
     return out

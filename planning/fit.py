@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Callable
 
 from model import LlamaConfig
-from planning.memory import Layout, block_weights, memory
-from program.errors import InputError
+from planning.memory import Layout, block_weights, memory, stored
+from planning.speed import CASTS, gather_bytes
+from program.errors import InputError, amount
 
 # Products of matrices do about so many FLOPs in the time in which a byte is read or written: 760
 # TFLOP/s over 4.3 TB/s measured on an H200, 253 on an H100. Larger means: a cast costs more.
@@ -50,10 +51,11 @@ def fastest(config: LlamaConfig, layout: Layout, available: float) -> Layout | N
     for choice in choices:
         count = recompute_needed(config, choice, available)
         if count is not None:
-            # Per row: what recomputed blocks multiply, and the bytes of the second cast, as FLOPs.
+            # Per row: what recomputed blocks multiply, and the bytes of a second cast, as FLOPs.
             again = 2 * block_weights(config) * layout.row_tokens * count
-            casts = 0 if choice.keeps_gathered else 4 + choice.width
-            cost = again + config.num_hidden_layers * block_weights(config) * casts * FLOPS_PER_BYTE
+            blocks = [config.num_hidden_layers * size for size in stored(config, choice)[0]]
+            casts = 0 if choice.keeps_gathered else CASTS * gather_bytes(choice, *blocks)
+            cost = again + casts * FLOPS_PER_BYTE
             found.append((cost, len(found), dataclasses.replace(choice, recompute=count)))
     return min(found)[2] if found else None
 
@@ -87,7 +89,7 @@ def changes(
             break
     for ranks in larger(layout):
         if changed := enough(ranks=ranks):
-            found.append((amount(ranks), changed))
+            found.append((amount(ranks, "GPUs"), changed))
             break
     adapters = {"lora_rank": layout.lora_rank or RANK}
     for fields in (adapters, adapters | {"quantize": "nf4"}):
@@ -122,14 +124,9 @@ def combinations(
     for text, fields in choices if layout.row_tokens > shortest else choices[1:2]:
         for ranks in [layout.ranks, *larger(layout) * grow]:
             if changed := enough(**fields, ranks=ranks):
-                more = f" on {amount(ranks)}" * (ranks > layout.ranks)
+                more = f" on {amount(ranks, 'GPUs')}" * (ranks > layout.ranks)
                 return [(text + more, changed)]
     return []
-
-
-def amount(ranks: int) -> str:
-    """`1 GPU`, `2 GPUs`."""
-    return f"{ranks} GPU{'s' * (ranks != 1)}"
 
 
 def larger(layout: Layout) -> list[int]:
@@ -147,7 +144,7 @@ def check_fits(
     """
     gib = memory(config, layout)
     needs = (
-        f"one GPU needs {gib['total']:.1f} GiB ({amount(layout.ranks)}, rows of "
+        f"one GPU needs {gib['total']:.1f} GiB ({amount(layout.ranks, 'GPUs')}, rows of "
         f"{layout.row_tokens:,} tokens, --recompute {layout.recompute})"
     )
     if gib["total"] > available:

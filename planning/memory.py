@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from model import LlamaConfig
-from program.errors import InputError
+from program.errors import InputError, amount
 
 GIB = 2**30
 # Bytes of a weight in NF4 with double quantisation: 4 bits, an 8-bit scale for each 64 weights, an
@@ -157,7 +157,8 @@ def check_layout(config: LlamaConfig, layout: Layout) -> None:
         )
     if layout.replicas < 1 or layout.ranks % layout.replicas:
         raise InputError(
-            f"--replicas is {layout.replicas}, expected a divisor of the {layout.ranks} ranks"
+            f"--replicas is {layout.replicas}, expected a divisor of the "
+            f"{amount(layout.ranks, 'ranks')}"
         )
 
 

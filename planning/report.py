@@ -8,6 +8,7 @@ from planning.gpus import GPU
 from planning.memory import Layout
 from planning.speed import Row
 from planning.updates import Lengths, Updates
+from program.errors import amount
 
 BAR = 60  # characters of the bar that stands for a GPU's memory
 LETTERS = {
@@ -91,7 +92,8 @@ def times(
             parts[name] = parts.get(name, 0) + seconds / len(planned.rows)
         ranks = [sum(row.tokens for row in rank) for rank in rows]
         slowest += max(ranks) / (sum(ranks) / len(ranks)) / len(planned.rows)
-        flops += sum(model_flops(config, row) for rank in rows for row in rank) / len(planned.rows)
+        each = [model_flops(config, row, layout.lora_rank) for rank in rows for row in rank]
+        flops += sum(each) / len(planned.rows)
     seconds = sum(parts.values())
     count = min(planned.total, schedule["max_steps"] or planned.total)
     hours = count * seconds / 3600
@@ -110,10 +112,10 @@ def times(
     }
 
 
-def model_flops(config: LlamaConfig, row: Row) -> float:
+def model_flops(config: LlamaConfig, row: Row, lora_rank: int = 0) -> float:
     """As `model_flops` of training/update.py, of a row."""
     attention = 6 * row.squares * config.num_attention_heads * config.head_dim
-    products = speed.matrix_flops(config, memory.Layout(), row)
+    products = speed.matrix_flops(config, memory.Layout(lora_rank=lora_rank), row)
     return sum(products) + config.num_hidden_layers * attention
 
 
@@ -140,11 +142,11 @@ def table(record: dict, price: float | None = None) -> list[str]:
     lines.append(f"     {'total':<12}{gib['total']:>8.1f}   of {available:.1f}: {verdict}")
     lines += [f"  {bar(gib, available)}", ""]
     blocks, again = record["blocks"], record["recompute"]
-    what = {0: "no block", blocks: f"all {blocks} blocks"}.get(
-        again, f"the last {again} of {blocks} blocks"
+    what = {0: "no block", blocks: f"all {amount(blocks, 'blocks')}"}.get(
+        again, f"the last {again} of {amount(blocks, 'blocks')}"
     )
     lines.append(f"  recomputed in backward: {what} (--recompute {again})")
-    passes = "1 row" if record["rows"] == 1 else f"up to {record['rows']} rows"
+    passes = "up to " * (record["rows"] > 1) + amount(record["rows"], "rows")
     lines.append(
         f"  an update: {record['tokens_per_update']:,.0f} tokens, on each GPU {passes} of up to "
         f"{record['row_tokens']:,}"
@@ -175,7 +177,7 @@ def time_lines(record: dict, price: float | None) -> list[str]:
         f"  {record['tokens_per_second_per_gpu']:,.0f} tokens/s a GPU, MFU {record['mfu']:.1%}"
     )
     total = (
-        f"  {record['updates']:,} updates: {record['hours']:,.1f} hours, "
+        f"  {amount(record['updates'], 'updates')}: {record['hours']:,.1f} hours, "
         f"{record['gpu_hours']:,.0f} GPU hours"
     )
     if price is not None:

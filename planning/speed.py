@@ -58,11 +58,11 @@ def matrix_flops(config: LlamaConfig, layout: Layout, row: Row) -> tuple[int, in
     """
     L, V, E = config.num_hidden_layers, config.vocab_size, config.hidden_size
     matrices = sum(a * b for a, b in block_matrices(config))
-    forward = 2 * L * matrices * row.tokens
+    forward, head = 2 * L * matrices * row.tokens, 2 * V * E * row.predicted
     if not layout.lora_rank:
-        return forward, 2 * forward + 6 * V * E * row.predicted
+        return forward, 2 * forward + 3 * head
     adapters = 2 * L * adapter_weights(config, layout.lora_rank) * row.tokens
-    return forward + adapters, forward + 2 * adapters + 6 * V * E * row.predicted
+    return forward + adapters, forward + 2 * adapters + 2 * head
 
 
 def attention_seconds(config: LlamaConfig, gpu: GPU, row: Row) -> list[float]:
@@ -85,22 +85,35 @@ def pointwise_bytes(config: LlamaConfig, layout: Layout, row: Row) -> tuple[int,
     return eager * numbers * (9 * E + heads + 3 * F), eager * numbers * (12 * E + heads + 5 * F)
 
 
+def gather_bytes(layout: Layout, trained: int, frozen: float) -> float:
+    """Bytes that FSDP2 reads and writes on one rank to gather some weights once.
+
+    trained: weights; frozen: bytes of others. A trained weight's share is cast (4 + 2) and, with
+    other ranks, put into the buffer that is gathered (2 + 2); that is copied to where the blocks
+    read it (2 + 2). So one rank alone moves 10 bytes a weight. Source: FSDPParamGroup's `unshard`
+    and `wait_for_unshard`.
+    """
+    b, together = layout.width, layout.group > 1
+    share = ((4 + b + 2 * b * together) * trained + 2 * frozen * together) / layout.group
+    return share + 2 * (b * trained + frozen)
+
+
 def cast_bytes(config: LlamaConfig, layout: Layout, row_number: int) -> tuple[float, float]:
     """Bytes that FSDP2 copies in one row on one rank: (forward, backward).
 
-    A gathered weight: its share is cast (4 + 2), and the buffer copied (2 + 2). A gradient is
-    copied to fp32 (2 + 4); of the share, the sum is copied (8) and, from the second row on, added
-    to the earlier rows' (12).
+    Weights as in `gather_bytes`, the blocks' a second time where they are freed after forward. A
+    gradient is copied to fp32 (2 + 4); of the share, the sum is copied (8) and, from the second row
+    on, added to the earlier rows' (12).
     """
     L, b = config.num_hidden_layers, layout.width
-    (block, frozen), (root, root_frozen) = stored(config, layout)
-    trained, still = L * block + root, L * frozen + root_frozen
+    (block, frozen), root = stored(config, layout)
+    trained = L * block + root[0]
     if not layout.wrapped:
         return 0, 12 * trained * (row_number > 0)
-    copies = 2 * (b * trained + still)
-    gather = (4 + b) * trained / layout.group + copies
+    blocks = gather_bytes(layout, L * block, L * frozen)
     reduce = (b + 4) * trained + (8 + 12 * (row_number > 0)) * trained / layout.group
-    return gather, reduce + (0 if layout.keeps_gathered else gather)
+    again = 0 if layout.keeps_gathered else blocks
+    return blocks + gather_bytes(layout, *root), reduce + again
 
 
 def decode_bytes(config: LlamaConfig, layout: Layout) -> float:
@@ -197,8 +210,12 @@ def update_seconds(
 
 
 def forward_seconds(config: LlamaConfig, layout: Layout, gpu: GPU, rows: list[list[Row]]) -> float:
-    """Seconds of one forward pass over rows: DPO's reference. A third of the matrix products."""
+    """Seconds of one forward pass over rows: DPO's reference.
+
+    A third of the matrix products or, where weights are frozen, half.
+    """
     total = 0.0
     for same in zip(*rows, strict=True):
         total += max(sum(row_seconds(config, layout, gpu, row).values()) for row in same)
-    return total / (3 + layout.recompute / config.num_hidden_layers)
+    passes = 2 if layout.lora_rank else 3
+    return total / (passes + layout.recompute / config.num_hidden_layers)

@@ -126,6 +126,41 @@ def sample_updates(
     return Updates(rows, extreme_rows, total, tokens[steps].mean())
 
 
+def largest_rows(
+    sizes: np.ndarray, trained: np.ndarray, squares: np.ndarray, ranks: int, micro_tokens: int,
+    hidden_size: int,
+) -> tuple[int, int, int]:  # fmt: skip
+    """(tokens of the longest row, most trained tokens of a row, most rows of a rank) of updates.
+
+    sizes, trained and squares (updates, records of an update) are `plan_rows`'s of data.py, whose
+    rows these are exactly, of all updates at once: turn k lays the k-th longest record of each.
+    """
+    longest_first = (-sizes).argsort(axis=1, kind="stable")
+    sizes, trained, squares = (
+        np.take_along_axis(each, longest_first, 1) for each in (sizes, trained, squares)
+    )
+    costs, first = sizes + squares / (12 * hidden_size), ranks * np.arange(len(sizes))
+    done = np.zeros((len(sizes), ranks))
+    # Of each update's ranks: the rows begun, and of each row the free (-1: not begun) and trained
+    # tokens.
+    begun = np.zeros(done.size, np.int64)
+    free, predicted = np.full((done.size, 1), -1), np.zeros((done.size, 1), np.int64)
+    for size, train, cost in zip(sizes.T, trained.T, costs.T, strict=True):
+        place = first + done.argmin(1)  # the rank with the least to do
+        done.flat[place] += cost
+        if begun.max() == free.shape[1]:
+            free = np.pad(free, ((0, 0), (0, begun.max())), constant_values=-1)
+            predicted = np.pad(predicted, ((0, 0), (0, begun.max())))
+        left = free[place] - size[:, None]
+        row = np.where(left < 0, micro_tokens, left).argmin(1)  # the fullest that takes it
+        new = (left < 0).all(1)
+        row = np.where(new, begun[place], row)
+        free[place, row] = np.where(new, micro_tokens, free[place, row]) - size
+        predicted[place, row] += train
+        begun[place] += new
+    return micro_tokens - free[free >= 0].min(), predicted.max(), begun.max()
+
+
 def row_of(tokens: np.ndarray, squares: np.ndarray, trained: np.ndarray) -> Row:
     """The `Row` of records, all (n,); an empty one is 1 token."""
     return Row(max(1, int(tokens.sum())), int(squares.sum()), int(trained.sum()))

@@ -98,7 +98,20 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text without line breaks; for an `OSError`, its reason, after the path if any."""
+    """The error's text on one line; for an `OSError`, its reason, after the path if any.
+
+    Characters that are not printable are written as escapes: a text of the user's files may hold a
+    terminal's control codes.
+    """
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
+def amount(number: int, plural: str) -> str:
+    """`1 pair`, `2 pairs`, `1 query`: a number as it is said to a user."""
+    if number == 1:
+        plural = plural.removesuffix("s")
+        plural = f"{plural.removesuffix('ie')}y" if plural.endswith("ie") else plural
+    return f"{number:,} {plural}"

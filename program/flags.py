@@ -40,7 +40,6 @@ BOUNDS = {
     "lora_alpha": (0, math.inf),
     "lora_dropout": (0, 1),
     "projection": (1, math.inf),
-    "probe_rank": (1, math.inf),
     "warmup_share": (0, 1),
     "warmup_epochs": (1, math.inf),
     "warmup_lr": (0, math.inf),
@@ -56,7 +55,7 @@ BOUNDS = {
 }
 # Bounds that are not allowed.
 EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "eval_share": 1, "top_p": 0}
-EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1, "warmup_share": 0}
+EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1, "warmup_share": 0, "warmup_lr": 0}
 
 # What a flag that is a word may say.
 WORDS = {"dtype": ("bfloat16", "float32"), "too_long": ("cut", "drop", "error")}

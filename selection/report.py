@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from program.errors import InputError
+from program.errors import InputError, amount
 from tokens.documents import Documents
 from tokens.tokenizer import Tokenizer
 
@@ -14,7 +14,8 @@ from tokens.tokenizer import Tokenizer
 def print_sources(sources: list[str], tokens: np.ndarray, chosen: np.ndarray) -> None:
     """Kept and all conversations by source, and their mean length."""
     all_of, kept = Counter(sources), Counter(sources[i] for i in chosen)
-    print(f"{'source':30}{'kept':>10}{'of':>10}{'share':>8}{'mean tokens':>14}{'of all':>8}")
+    print(f"{'':48}{'share':>10}{'mean tokens':>16}")
+    print(f"{'source':28}{'kept':>10}{'of':>10}{'of kept':>10}{'kept':>8}{'all':>8}")
     of_source = {name: [] for name in all_of}
     for i, name in enumerate(sources):
         of_source[name].append(i)
@@ -26,7 +27,7 @@ def print_sources(sources: list[str], tokens: np.ndarray, chosen: np.ndarray) ->
         mean = f"{tokens[picked].mean():,.0f}" if picked else "-"
         share = count / len(chosen)
         print(
-            f"{name[:29]:30}{count:>10,}{len(members):>10,}{share:>8.1%}{mean:>14}"
+            f"{name[:27]:28}{count:>10,}{len(members):>10,}{share:>10.1%}{mean:>8}"
             f"{tokens[list(members)].mean():>8,.0f}"
         )
 
@@ -54,6 +55,20 @@ def beginning(tokenizer: Tokenizer, documents: Documents, i: int) -> str:
     return text if len(text) <= 90 else text[:89] + "…"
 
 
+def check_ours(out: Path, scores: Path) -> None:
+    """Raise `InputError` where `out` or `scores` would overwrite what prune.py has not written."""
+    try:
+        with open(scores, encoding="utf-8") as file:
+            ours = "kept" in json.loads(file.readline())
+    except FileNotFoundError:
+        ours = not out.exists()
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        found = scores if scores.exists() else out
+        raise InputError(f"--out {out}: {found} is there, and not prune.py's, expected a new file")
+
+
 def read_choices(paths: list[str], candidates: int) -> dict[Path, list[bool]]:
     """`{path: kept}` of other choices from the same data, each a FILE.scores.jsonl: lists of bool.
 
@@ -63,13 +78,13 @@ def read_choices(paths: list[str], candidates: int) -> dict[Path, list[bool]]:
     for path in map(Path, paths):
         try:
             with open(path, encoding="utf-8") as file:
-                kept = [json.loads(line)["kept"] for line in file]
+                kept = [bool(json.loads(line)["kept"]) for line in file]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"--compare {path}: {error}, expected a FILE.scores.jsonl") from None
         if len(kept) != candidates:
             raise InputError(
-                f"--compare {path}: {len(kept):,} candidates, expected the {candidates:,} of "
-                "this data"
+                f"--compare {path}: {amount(len(kept), 'candidates')}, expected the "
+                f"{candidates:,} of this data"
             )
         choices[path] = kept
     return choices

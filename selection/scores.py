@@ -5,17 +5,31 @@ so a run that was killed goes on where it stopped, with any number of ranks, and
 complete are used again. In memory are the groups in work alone.
 """
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from program.files import written_aside
+from program.files import hold_file, written_aside
 from program.ranks import gather_lists
 
 BLOCK = 1 << 20  # numbers written at a time
+
+
+@contextlib.contextmanager
+def held(path: str | Path) -> Iterator[None]:
+    """Hold what rank 0 writes, `path`, against other runs."""
+    lock = hold_file(f"{path}.lock", path) if dist.get_rank() == 0 else None
+    try:
+        yield
+    finally:
+        if lock:
+            os.unlink(lock.name)
+            lock.close()
 
 
 def open_scores(path: Path, shape: tuple[int, ...]) -> np.memmap:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from program.errors import InputError
+from program.errors import InputError, amount
 from tokens import readers
 from tokens.shapes import FIELDS, remark
 from tokens.token_cache import token_cache
@@ -74,8 +74,8 @@ class Documents:
         self.kind = "conversations" if per_record == 1 else "pairs"
         if not trains.any():
             raise InputError(
-                f"{self.paths[0]}: none of the {len(trains)} {self.kind} has a trained token in "
-                f"its first {max_seq_len} tokens, expected assistant messages"
+                f"{self.paths[0]}: none of the {amount(len(trains), self.kind)} has a trained "
+                f"token in its first {max_seq_len} tokens, expected assistant messages"
                 + (f" (--too-long drop leaves out {self.dropped})" if self.dropped else "")
             )
         (
@@ -159,8 +159,3 @@ def check_micro_tokens(documents: Documents, micro_tokens: int) -> None:
             f"--micro-tokens is {micro_tokens}, expected at least {most}, the tokens of the "
             f"longest of the {documents.kind} ({next(documents.names([longest]))})"
         )
-
-
-def amount(number: int, plural: str) -> str:
-    """`1 pair`, `2 pairs`."""
-    return f"{number:,} {plural if number != 1 else plural.removesuffix('s')}"

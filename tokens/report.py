@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 
+from program.errors import amount
 from tokens.shapes import SIDES
 from tokens.tokenizer import Tokenizer
 
@@ -32,14 +33,15 @@ def print_sequences(
     """
     if len(sequences) == 1:
         ((ids, trained),) = sequences
-        print(f"\n{name}, {len(ids)} tokens:\n{highlight(tokenizer, ids, trained)}")
+        print(f"\n{name}, {amount(len(ids), 'tokens')}:\n{highlight(tokenizer, ids, trained)}")
         return
     answer = int(np.argmax(sequences[0][1]))
     parts = [("prompt", sequences[0], slice(answer))]
     parts += [(side, s, slice(answer, None)) for side, s in zip(SIDES, sequences, strict=True)]
     for part, (ids, trained), span in parts:
         ids, trained = ids[span], trained[span]
-        print(f"\n{name}, {part}, {len(ids)} tokens:\n{highlight(tokenizer, ids, trained)}")
+        long = amount(len(ids), "tokens")
+        print(f"\n{name}, {part}, {long}:\n{highlight(tokenizer, ids, trained)}")
 
 
 def highlight(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> str:
@@ -50,7 +52,7 @@ def highlight(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> str
     if len(ids) > MOST:
         parts = slice(MOST // 2), slice(-MOST // 2, None)
         head, tail = (highlight(tokenizer, ids[part], trained[part]) for part in parts)
-        return f"{head}\n… {len(ids) - MOST:,} tokens …\n{tail}"
+        return f"{head}\n… {amount(len(ids) - MOST, 'tokens')} …\n{tail}"
     begin, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     text = ""
     for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(trained)) + 1):

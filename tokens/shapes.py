@@ -13,6 +13,7 @@ from tokens.tokenizer import ROLES
 OPENAI = {role: role for role in ROLES}
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", **OPENAI}
 SIDES = ("chosen", "rejected")
+NOTHING = (None, False, "", "[]", [], {})  # what a field holds that says nothing
 
 
 # ---- Shapes of conversations
@@ -20,19 +21,17 @@ SIDES = ("chosen", "rejected")
 
 def conversation(record: dict) -> list[dict]:
     """The messages of a record; `ValueError` names the fields of one that has no known shape."""
-    for fields, _, read in SHAPES:
+    for fields, also, _, read in SHAPES:
         if has(record, fields):
-            return read(record)
+            return after_system(record, read(record), also)
     raise ValueError(f"{fields_of(record)}, expected {KNOWN}")
 
 
 def sharegpt(record: dict) -> list[dict]:
-    refuse_unread(record)
     return plain_messages(record["conversations"], "conversations", ("from", "value"), SHAREGPT)
 
 
 def prompt_completion(record: dict) -> list[dict]:
-    refuse_unread(record)
     prompt = one_or_more(record["prompt"], "user", "prompt")
     completion = one_or_more(record["completion"], "assistant", "completion")
     if prompt[-1]["role"] == "assistant" or completion[0]["role"] != "assistant":
@@ -44,29 +43,55 @@ def prompt_completion(record: dict) -> list[dict]:
 
 
 def alpaca(record: dict) -> list[dict]:
-    refuse_unread(record)
     fields = ("instruction", "input") if has(record, ["input"]) else ("instruction",)
     parts = [text_of(record[name], name) for name in fields]
     question = "\n\n".join(part for part in parts if part.strip())
     answer = text_of(record["output"], "output")
+    earlier = [] if record.get("history") in NOTHING else earlier_turns(record["history"])
+    return earlier + turn(question, answer)
+
+
+def earlier_turns(history: object) -> list[dict]:
+    """The messages of LLaMA-Factory's `history`; its answers are trained, as they are there."""
+    messages = []
+    if not isinstance(history, list):
+        raise ValueError(f"history is {excerpt(history)}, expected a list of earlier turns")
+    for k, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(
+                f"history[{k}] is {excerpt(pair)}, expected a list of a question and its answer"
+            )
+        messages += turn(*(text_of(text, f"history[{k}][{i}]") for i, text in enumerate(pair)))
+    return messages
+
+
+def turn(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-# The fields that tell a shape, what is said of it at the start, how it becomes messages. A record
-# that has several shapes is of the first (UltraChat has messages and, beside them, a prompt).
+# The fields that tell a shape, those that it may have besides, what is said of it at the start, how
+# it becomes messages. A record that has several shapes is of the first (UltraChat has messages and,
+# beside them, a prompt).
 SHAPES = (
-    (("messages",), "", lambda record: plain_messages(record["messages"], "messages")),
-    (("conversations",), "ShareGPT's conversations: each gpt is trained as an assistant", sharegpt),
-    (("prompt", "completion"), "prompt and completion: the completion is trained",
+    (("messages",), (), "", lambda record: plain_messages(record["messages"], "messages")),
+    (("conversations",), (), "ShareGPT's conversations: each gpt is trained as an assistant",
+     sharegpt),
+    (("prompt", "completion"), (), "prompt and completion: the completion is trained",
      prompt_completion),
-    (("instruction", "output"), "Alpaca's instruction and input, a blank line between them, become "
-     "the user's message: the output is trained", alpaca),
+    (("instruction", "output"), ("input", "history"), "Alpaca's instruction and input, a blank "
+     "line between them, become the user's message, after its history: every answer is trained",
+     alpaca),
 )  # fmt: skip
 APART = "the prompt stands apart from chosen and rejected, and is put before them"
-KNOWN = ", or ".join(" and ".join(fields) for fields, _, _ in SHAPES)
-UNREAD = ("system", "history", "tools")  # would be lost without a word
+KNOWN = ", or ".join(" and ".join(fields) for fields, *_ in SHAPES)
+# Of any shape, `system` becomes a message. These would be lost without a word, so they are refused.
+UNREAD = {
+    "history": "it inside messages: outside of them, only Alpaca's is read",
+    "tools": "none: the chat format has no words for them",
+}
 # The columns that are read from a file of columns.
-FIELDS = {name for fields, _, _ in SHAPES for name in fields} | {"input", *SIDES, *UNREAD}
+FIELDS = {name for fields, also, *_ in SHAPES for name in fields + also}
+FIELDS |= {"system", *SIDES, *UNREAD}
 
 
 def is_pair(record: dict) -> bool:
@@ -75,10 +100,12 @@ def is_pair(record: dict) -> bool:
 
 def remark(record: dict, pairs: bool) -> str:
     """What a user should know of a record's shape; empty where it is plain messages."""
+    system = "the system text becomes the first message" * (record.get("system") not in NOTHING)
     if pairs:
         joined = is_pair(record) and len(pair(record)[0]) > len(record["chosen"])
-        return APART if joined else ""
-    return next((text for fields, text, _ in SHAPES if has(record, fields)), "")
+        return "; ".join(filter(None, (APART, system))) if joined else ""
+    of_shape = next((text for fields, _, text, _ in SHAPES if has(record, fields)), "")
+    return "; ".join(filter(None, (of_shape, system)))
 
 
 def has(record: dict, fields: Iterable[str]) -> bool:
@@ -90,13 +117,26 @@ def fields_of(record: dict) -> str:
     return f"found {', '.join(names)[:200] or 'no field'}"
 
 
-def refuse_unread(record: dict) -> None:
-    for name in UNREAD:
-        if record.get(name):
-            raise ValueError(
-                f"{name} is {excerpt(record[name])}, expected it inside messages: outside of them "
-                "it is not read"
-            )
+def after_system(record: dict, messages: list[dict], also: Iterable[str] = ()) -> list[dict]:
+    """The messages after the record's `system` text, if it has one and they do not hold it.
+
+    also: the fields of `UNREAD` that the record's shape has read.
+    """
+    for name, expected in UNREAD.items():
+        if name not in also and record.get(name) not in NOTHING:
+            raise ValueError(f"{name} is {excerpt(record[name])}, expected {expected}")
+    if record.get("system") in NOTHING:
+        return messages
+    first = {"role": "system", "content": text_of(record["system"], "system")}
+    own = [message for message in messages if message["role"] == "system"]
+    if not first["content"].strip() or texts([first])[0] in texts(own):
+        return messages
+    if own:
+        raise ValueError(
+            f"system is {excerpt(first['content'])} and the system message is "
+            f"{excerpt(own[0]['content'])}, expected the same, or one of them"
+        )
+    return [first, *messages]
 
 
 # ---- Pairs
@@ -129,8 +169,7 @@ def whole_side(record: dict, name: str) -> list[dict]:
     if texts(prompt) in (texts(asked[:prompts]), texts(asked[-prompts:])):
         return side
     if side[0]["role"] == "assistant" != prompt[-1]["role"]:
-        refuse_unread(record)
-        return prompt + side
+        return after_system(record, prompt + side)
     raise ValueError(
         f"{name} begins with {excerpt(texts(side[first:])[0])} and prompt is "
         f"{excerpt(texts(prompt)[0])}, expected the same, or an answer that follows the prompt"

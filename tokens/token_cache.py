@@ -22,7 +22,7 @@ from tokens.readers import parse, read_batches
 from tokens.shapes import FIELDS
 from tokens.tokenizer import Tokenizer
 
-FORMAT = 2  # of the arrays and of the encoding; a new number makes every cache again
+FORMAT = 3  # of the arrays and of the encoding; a new number makes every cache again
 # tokens and trained: all tokens of the file. index (documents, 4): tokens, trained tokens, trained
 # spans (answers) and number of the record.
 ARRAYS = {"tokens": np.int32, "trained": np.bool_, "index": np.int64}

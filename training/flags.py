@@ -54,5 +54,8 @@ class OutputFlags:
     wandb: bool = False  # and to Weights & Biases, where its own settings say
 
 
+# The folders of the demo's results, which it removes whenever it starts.
+DEMO = {"sft": "runs/demo/sft", "dpo": "runs/demo/dpo"}
+
 # What the error says where a GPU's memory is out.
 LESS_MEMORY = "A larger --recompute, a smaller --micro-tokens or more GPUs take less"

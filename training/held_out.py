@@ -14,10 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from checkpoint.run_folder import append_record
-from program.errors import InputError, RunError
+from program.errors import InputError, RunError, amount
 from program.progress import LogLines
 from program.ranks import sum_over_ranks
-from tokens.documents import Documents, amount, check_micro_tokens
+from tokens.documents import Documents, check_micro_tokens
 from training.reference import summed_logps
 
 

@@ -6,15 +6,20 @@ Called by `open_run` of setup.py. The arithmetic is planning/'s.
 import dataclasses
 import sys
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from data import plan_rows, update_count, update_members
+from data import update_count, update_members
 from model import LlamaConfig
 from planning.fit import NEAR, check_fits, fastest, fits
 from planning.memory import GIB, Layout
+from planning.updates import largest_rows
+from program.errors import amount
 from program.ranks import gather_lists
 from tokens.documents import Documents
+
+AT_ONCE = 512  # updates whose rows are planned together
 
 
 def layout_of(config, **facts) -> Layout:
@@ -65,10 +70,11 @@ def choose(
             chosen = dataclasses.replace(chosen, reshard=True)
     gib, warning = check_fits(model_config, chosen, available, shortest)
     freed = layout.keeps_gathered and not chosen.keeps_gathered
+    blocks = amount(model_config.num_hidden_layers, "blocks")
     line = (
-        f"{chosen.recompute} of {model_config.num_hidden_layers} blocks recompute"
+        f"{chosen.recompute} of {blocks} recompute"
         f"{', gathered weights are freed between forward and backward' * freed}: {gib['total']:.1f}"
-        f" of {available:.1f} GiB, rows of up to {layout.row_tokens:,} tokens"
+        f" of {available:.1f} GiB, rows of up to {amount(layout.row_tokens, 'tokens')}"
     )
     return chosen, line, warning
 
@@ -76,18 +82,19 @@ def choose(
 def longest_row(config, hidden_size: int, documents: Documents) -> dict[str, int]:
     """The most that any rank has in the run: tokens and trained tokens of a row, rows an update.
 
-    As fields of a `Layout`. Every rank plans the rows of its share of the updates.
+    As fields of a `Layout`. Every rank looks at its share of the updates, some at a time.
     """
-    lengths, trained = documents.tokens, documents.trained_counts.sum(1)
+    sizes = documents.tokens, documents.trained_counts.sum(1), documents.squares
     rank, world = dist.get_rank(), dist.get_world_size()
     _, total = update_count(len(documents), config.batch_size, config.epochs)
-    most = [1, 1, 1]
-    for step in range(rank, min(total, config.max_steps or total), world):
-        _, members = update_members(len(documents), config.batch_size, config.seed, step)
-        plan = plan_rows(
-            lengths[members], world, config.micro_tokens, hidden_size, documents.squares[members]
-        )
-        for row in (members[row] for rows in plan for row in rows):
-            most = list(map(max, most, (lengths[row].sum(), trained[row].sum(), len(plan[0]))))
-    names, everyone = ("row_tokens", "predicted", "rows"), gather_lists([most])
+    own = range(rank, min(total, config.max_steps or total), world)
+    most = [[1, 1, 1]]
+    for part in range(0, len(own), AT_ONCE):
+        members = np.stack([
+            update_members(len(documents), config.batch_size, config.seed, step)[1]
+            for step in own[part : part + AT_ONCE]
+        ])  # fmt: skip
+        parts = [each[members] for each in sizes]
+        most.append(largest_rows(*parts, world, config.micro_tokens, hidden_size))
+    names, everyone = ("row_tokens", "predicted", "rows"), gather_lists([np.max(most, 0).tolist()])
     return {name: int(max(each)) for name, *each in zip(names, *everyone, strict=True)}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from checkpoint.reference_file import read_reference, reference_files, write_reference
 from data import pack_row, plan_rows
 from model import Llama
-from program.errors import RunError
+from program.errors import RunError, amount
 from program.progress import progress_bar
 from tokens.documents import Documents
 
@@ -84,6 +84,6 @@ def check_reference(logps: torch.Tensor, documents: Documents, pairs: np.ndarray
     if len(bad):
         names = ", ".join(documents.names(bad[:5]))
         raise RunError(
-            f"the model gives {len(bad):,} of the first {pairs[-1] + 1:,} pairs log-probabilities "
-            f"that are not finite, among them {names}"
+            f"the model gives {len(bad):,} of the first {amount(pairs[-1] + 1, 'pairs')} "
+            f"log-probabilities that are not finite, among them {names}"
         )

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -13,7 +14,7 @@ from checkpoint.run_folder import exported_models
 from checkpoint.weights import save_adapter, save_hf
 from program.files import fsync
 from program.ranks import gather_lists, raise_together, sum_over_ranks
-from training.flags import OutputFlags
+from training.flags import DEMO, OutputFlags
 from training.held_out import is_due
 from training.trackers import finish_trackers
 
@@ -85,5 +86,13 @@ def stop_run(run, step: int, signals: list[int]) -> NoReturn:
     """End the program as a signal asks, after the checkpoint of update `step`."""
     if dist.get_rank() == 0:
         finish_trackers(run.trackers)
-        print(f"stopped by a signal after update {step:,}; the same command continues it")
+        after = going_on(run.config, "the same command continues it")
+        print(f"stopped by a signal after update {step:,}; {after}")
     sys.exit(128 + gather_lists(signals)[0])
+
+
+def going_on(config, command: str) -> str:
+    """What the user can do with a run that ended early: `command`, but not in the demo's folder."""
+    if Path(config.out) in map(Path, DEMO.values()):
+        return f"the demo starts afresh every time; with an --out of your own, {command}"
+    return command

@@ -28,16 +28,16 @@ from checkpoint.weights import find_tensors, weights_key
 from data import schedule, update_count
 from model import Llama
 from planning.memory import check_layout
-from program.errors import InputError
+from program.errors import InputError, amount
 from program.flags import check_flags, resolve, run_facts
 from program.hardware import environment
-from tokens.documents import Documents, amount
+from tokens.documents import Documents
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 from training.flags import RunFlags
 from training.held_out import open_documents
 from training.layout import lay_out, layout_of
-from training.saving import exports_at_once
+from training.saving import exports_at_once, going_on
 from training.trackers import check_trackers, finish_trackers, start_trackers
 
 
@@ -164,8 +164,8 @@ def finish_run(run: Run, config: RunFlags) -> None:
         ended_early = run.last < run.total
         if ended_early:
             print(
-                f"--max-steps ended the run after {run.last:,} of {run.total:,} updates; the same "
-                "command with a larger one goes on"
+                f"--max-steps ended the run after {run.last:,} of {run.total:,} updates; "
+                + going_on(config, "the same command with a larger one goes on")
             )
         if not config.keep_checkpoints:
             remove_checkpoints(run.out, but_newest=ended_early)

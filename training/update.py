@@ -70,32 +70,36 @@ def check_finite(step: int, loss: float, grad_norm: float, documents: Documents,
         )
 
 
-def model_flops(config: LlamaConfig, lengths: Collection[int], predicted: int,
-                shared: Collection[int] = ()) -> int:  # fmt: skip
+def model_flops(config: LlamaConfig, lengths: Collection[float], predicted: int,
+                shared: Collection[float] = (), lora_rank: int = 0) -> int:  # fmt: skip
     """FLOPs of forward and backward over documents of these lengths (tokens); unit-tested.
 
     Per token 6 per weight of the blocks' matrices; per predicted token 6 per weight of the head;
     per document of n tokens and layer 6·n²·H·D: QKᵀ and PV are 2·n²·H·D each, half of it masked,
-    and backward is twice forward. Neither recomputation nor the embedding's look-up counts. shared:
-    lengths of the prompts that two of the documents have in common, which count once.
+    and backward is twice forward. Neither recomputation nor the embedding's look-up counts. With
+    LoRA the adapters' weights have 6, all others, which need no gradient, 4. shared: lengths of the
+    prompts that two of the documents have in common, which count once.
     """
     E, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     H, Hk, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block = 2 * E * H * D + 2 * E * Hk * D + 3 * E * F
+    each = 4 if lora_rank else 6
+    block = each * (2 * E * H * D + 2 * E * Hk * D + 3 * E * F)
+    block += 6 * lora_rank * (7 * E + 2 * H * D + 2 * Hk * D + 3 * F)
     tokens, squares = (
         sum(int(n) ** power for n in lengths) - sum(int(n) ** power for n in shared)
         for power in (1, 2)
     )
-    layers = config.num_hidden_layers * (6 * block * tokens + 6 * squares * H * D)
-    return layers + 6 * V * E * int(predicted)
+    layers = config.num_hidden_layers * (block * tokens + 6 * squares * H * D)
+    return layers + each * V * E * int(predicted)
 
 
-def measurements(config: LlamaConfig, documents: Documents, members: np.ndarray, seconds: float,
-                 device: torch.device, world: int) -> dict[str, float]:  # fmt: skip
+def measurements(run, members: np.ndarray, seconds: float, device: torch.device,
+                 world: int) -> dict[str, float]:  # fmt: skip
     """What metrics.jsonl says of any update: tokens, speed, memory, and on a GPU its use, `mfu`.
 
     members: the update's records, on all ranks. MFU is `model_flops` over the GPUs' peak.
     """
+    documents = run.documents
     tokens, trained = int(documents.tokens[members].sum()), documents.trained_counts[members].sum()
     record = {
         "trained_tokens": int(trained),
@@ -106,7 +110,8 @@ def measurements(config: LlamaConfig, documents: Documents, members: np.ndarray,
     }
     if peak := peak_flops(device):
         lengths, shared = documents.lengths[members].ravel(), documents.shared[members].ravel()
-        record["mfu"] = model_flops(config, lengths, trained, shared) / seconds / peak / world
+        flops = model_flops(run.model.config, lengths, trained, shared, run.config.lora_rank)
+        record["mfu"] = flops / seconds / peak / world
     return record
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from program.errors import InputError
+from program.errors import InputError, amount
 
 SHAREGPT_LIMIT = 4096  # tokens of a chunk, as in the command that was run; the paper says 4,196
 ROLE_TOKENS = 6  # counted for every message beside its own
@@ -105,7 +105,8 @@ def lima(record: dict, _stream: Random) -> Iterator[dict | str]:
     """LIMA: a list of texts by the user and the assistant in turn."""
     texts = [checked(text, "a message", str) for text in field(record, "conversations", list)]
     if len(texts) < 2:
-        raise InputError(f"{len(texts)} messages, expected at least a prompt and an answer")
+        found = amount(len(texts), "messages")
+        raise InputError(f"{found}, expected at least a prompt and an answer")
     if len(texts) % 2:
         yield "last messages without an answer, cut off"
     yield {"messages": chat(*texts[: len(texts) // 2 * 2])}

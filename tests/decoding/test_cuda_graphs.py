@@ -11,6 +11,7 @@ from torch._dynamo import lookup_backend
 from decoding.cuda_graphs import GraphedStep
 from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
+from kernels import decode_attention as kernel_file
 from test_model import VARIANTS, make_pair
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="for Triton's interpreter")
@@ -34,9 +35,28 @@ def graphed(model, monkeypatch, slots=4, compile=True):
     return generator
 
 
+class ByDefinition:
+    """The decoding kernel's definition in its place, which takes a hundredth of the time."""
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, q, k, v, keys, values, positions, parts, lse, S, H, Hk, D, splits, **_):
+        keys, values = keys.view(-1, Hk, S, D), values.view(-1, Hk, S, D)
+        parts, slots = parts.view(len(q), H, splits, D), torch.arange(len(q))
+        parts.zero_()[:, :, 0] = kernel_file.decode_reference(q, k, v, keys, values, positions)
+        lse.fill_(kernel_file.LOW.value)[:, :, 0] = 0
+        keys[slots, :, positions], values[slots, :, positions] = k, v
+
+
+@pytest.fixture
+def by_definition(monkeypatch):
+    """For tests of everything around the kernel; test_decode_attention.py proves it."""
+    monkeypatch.setattr(kernel_file, "decode_kernel", ByDefinition())
+
+
 @INTERPRETED
-@pytest.mark.parametrize("compile", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, compile", [("2:1, like Code Llama", True), ("1:1", False)])
 def test_recorded_steps_give_the_same_tokens(name, compile, monkeypatch):
     """With padded batches, with more prompts than slots, as a stream, sampled, and with scores."""
     ours, _ = make_pair(MODELS[name])
@@ -53,7 +73,7 @@ def test_recorded_steps_give_the_same_tokens(name, compile, monkeypatch):
 
 
 @INTERPRETED
-def test_one_block_is_compiled_for_all(monkeypatch):
+def test_one_block_is_compiled_for_all(by_definition, monkeypatch):
     """Once for one sequence and once for several, whatever their number, the layer and the cache;
     and in one graph each. Also where there are, by chance, as many as a head has elements."""
     ours, _ = make_pair(MODELS["2:1, like Code Llama"])
@@ -85,7 +105,7 @@ def test_one_block_is_compiled_for_all(monkeypatch):
 
 
 @INTERPRETED
-def test_a_step_waits_for_its_token_alone(monkeypatch):
+def test_a_step_waits_for_its_token_alone(by_definition, monkeypatch):
     """What brings a value of a tensor to the host is called once a step, by `choose`.
 
     Not seen: waiting inside of torch. Values that go to the device pass through `on_device`.

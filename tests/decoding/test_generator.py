@@ -123,6 +123,22 @@ def test_prompts_share_a_row_and_a_longer_one_has_its_own(monkeypatch):
         assert logps == pytest.approx(of_prompt, abs=2e-5)  # two times 1e-5, see test_model
 
 
+def test_options_share_rows_of_the_same_size(monkeypatch):
+    """With hundreds of slots their options could make a row that no memory was kept for."""
+    ours, _ = make_pair({})
+    prompts, generator = [[3, 4], [5, 6], [7]], TextGenerator(ours, Numbers(), slots=64)
+    options = [[[4] * n for n in (5, 2, 7)], [[5] * 12], [[8] * 3, [9]]]
+    expected = generator.option_logps(prompts, options)
+    monkeypatch.setattr("decoding.cached_model.ROW_TOKENS", 9)
+    rows, nll = [], generator.cached.nll
+    monkeypatch.setattr(generator.cached, "nll", lambda *a: rows.append(a[2]) or nll(*a))
+    for of_prompt, logps in zip(expected, generator.option_logps(prompts, options), strict=True):
+        assert logps == pytest.approx(of_prompt, abs=1.2e-4)  # twelve times 1e-5, see test_model
+    lengths = [[len(option) for option in row] for row in rows]
+    assert sorted(sum(lengths, [])) == [2, 3, 5, 7, 12]
+    assert all(sum(row) <= 9 or len(row) == 1 for row in lengths) and len(rows) < 5
+
+
 def test_no_option_and_an_empty_one():
     """A prompt without options has no result; an empty option has log-probability 0."""
     ours, _ = make_pair({})

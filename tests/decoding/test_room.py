@@ -93,3 +93,22 @@ def test_a_cache_grows_with_what_is_asked(monkeypatch):
         seen.append(by_memory.slots)
     assert seen == [4, 4, 16, 64] and fixed.slots == 16
     assert by_memory.cached.cache.slots == 65
+
+
+def test_nothing_to_answer_needs_no_memory(monkeypatch):
+    """Neither no prompt nor none that fits: as on CPU."""
+    generator = TextGenerator(make_pair({})[0], Numbers(), context=4)
+    generator.cached.by_memory = True
+    monkeypatch.setattr(cached_model, "gpu_of", lambda device: GPU("any", (9, 0), 8 * GIB))
+    assert generator.generate([], Sampling(3)) == generator.option_logps([], []) == []
+    (answer,) = generator.generate([[3, 4, 5, 6]], Sampling(3))
+    assert answer.finish == "context" and answer.ids == []
+
+
+def test_a_stream_has_one_slot(monkeypatch):
+    """Of the slots that the memory would hold, a chat needs its own."""
+    generator = TextGenerator(make_pair({})[0], Numbers())
+    generator.cached.by_memory = True
+    monkeypatch.setattr(cached_model, "gpu_of", lambda device: GPU("any", (9, 0), 8 * GIB))
+    list(generator.stream([3, 4], Sampling(2)))
+    assert generator.slots == 1

@@ -10,6 +10,7 @@ from demo import command, tasks
 from demo.command import prepare_dpo, prepare_sft, show_effect, train_sft, wanted
 from program.errors import RunError
 from program.ranks import die_with_parent, start
+from training.flags import DEMO
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,21 +31,59 @@ def test_every_demo_starts_afresh_and_dpo_from_a_finished_sft(tmp_path, monkeypa
     for config in (sft, dpo):
         config.parent.mkdir(parents=True)
         config.write_text("{}")
-    assert prepare_dpo() == tasks.DPO and called == []
+    assert prepare_dpo({}) == tasks.DPO and called == []
     assert sft.exists() and not dpo.parent.exists()
-    assert prepare_sft() == tasks.SFT and called == ["make"]
+    assert prepare_sft({}) == tasks.SFT and called == ["make"]
     assert not sft.parent.exists()
     sft.parent.mkdir()  # an interrupted run: without config.json it has no model
-    assert prepare_dpo() == tasks.DPO and called == ["make", "train"]
+    assert prepare_dpo({}) == tasks.DPO and called == ["make", "train"]
 
 
-def test_the_effect_is_that_of_the_run_on_its_base(monkeypatch):
-    """`compare(before, after)` gets the folder that training started from, then its result."""
+@pytest.mark.parametrize("prepare, own", [(prepare_sft, tasks.SFT), (prepare_dpo, tasks.DPO)])
+def test_flags_of_the_command_line_come_before_the_demos(prepare, own, tmp_path, monkeypatch):
+    """A share takes the place of the demo's held-out file; another folder is not emptied, nor is
+    the demo's own for its sake."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "make", lambda: None)
+    for folder in ("mine", *DEMO.values()):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "config.json").write_text("{}")
+    flags = prepare({"eval_share": 0.1, "out": "mine"})
+    without = {name: value for name, value in own.items() if name != "eval_data"}
+    assert flags == without | {"eval_share": 0.1, "out": "mine"}
+    assert all((Path(folder) / "config.json").exists() for folder in ("mine", *DEMO.values()))
+    both = {"eval_share": 0.1, "eval_data": ["x"]}  # for `check_flags` to refuse
+    assert prepare(both) == own | both and prepare({"eval_share": 0.0}) == own | {"eval_share": 0.0}
+
+
+def test_with_adapters_the_rates_alone_are_others(tmp_path, monkeypatch):
+    """Model, data, output and schedule are the demo's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "make", lambda: None)
+    monkeypatch.setattr(command, "train_sft", lambda: None)
+    for prepare, plain in ((prepare_sft, tasks.SFT), (prepare_dpo, tasks.DPO)):
+        assert prepare({"lora_rank": 0}) == plain | {"lora_rank": 0}
+        adapted = prepare({"lora_rank": 16})
+        assert adapted == plain | {"lora_rank": 16, "lr": adapted["lr"]}
+        assert adapted["lr"] > plain["lr"]
+        assert prepare({"lora_rank": 16, "lr": 0.5})["lr"] == 0.5
+
+
+def test_the_effect_is_that_of_the_run_on_its_base(monkeypatch, capsys):
+    """`compare(before, after)` gets the folder that training started from, then its result.
+
+    What to expect of adapters is said where they start from the base that knows nothing.
+    """
     start()
     compared = []
     monkeypatch.setattr(command, "compare", lambda *folders: compared.append(folders))
     show_effect({"model": "base", "out": "result", "lr": 1.0})
     assert compared == [("base", "result")]
+    for flags in (tasks.SFT, tasks.SFT | {"lora_rank": 0}, tasks.DPO | {"lora_rank": 4}):
+        show_effect(flags)
+    assert capsys.readouterr().out == ""
+    show_effect(tasks.SFT | {"lora_rank": 4})
+    assert "a base that knows nothing" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def compile_decode(arch, splits, H, Hk, D, dtype):
     from kernels.decode_attention import decode_blocks, decode_kernel
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    options = decode_blocks(kind)
+    options = decode_blocks(kind, D)
     constants = dict(H=H, Hk=Hk, D=D, SPLITS=splits, BN=options.pop("BN"))
     pointers = dict.fromkeys(("q", "k", "v", "keys", "values"), dtype)
     pointers |= dict(positions="i64", out=dtype if splits == 1 else "fp32", lse="fp32")
@@ -92,6 +92,15 @@ def compile_decode(arch, splits, H, Hk, D, dtype):
     need["asynchronous"] = len(re.findall(r"cp\.async\.cg\.shared\.global \[.*\], 0x10", ptx))
     row = dict(kernel="decode_kernel", arch=arch, splits=splits, H=H, Hk=Hk, head_size=D)
     return row | dict(dtype=dtype) | need
+
+
+def compile_merge(arch, D, dtype):
+    """The kernel that puts the parts of a sequence together, as many as there may be."""
+    from kernels.decode_attention import MOST_SPLITS, merge_kernel
+
+    pointers = dict(parts="fp32", lse="fp32", out=dtype)
+    need, _ = compile_kernel(merge_kernel, dict(D=D, SPLITS=MOST_SPLITS), pointers, {}, arch, {})
+    return dict(kernel="merge_kernel", arch=arch, head_size=D, dtype=dtype) | need
 
 
 def compile_softmax(arch, dtype, gradient, V):
@@ -159,7 +168,12 @@ def print_table():
             pool.submit(compile_decode, arch, splits, *shape)
             for arch in SHARED_MEMORY
             for splits in (1, 16)
-            for shape in SHAPES[::3] + LLAMA_2
+            for shape in SHAPES + LLAMA_2
+        ]
+        rows += [
+            pool.submit(compile_merge, arch, D, dtype)
+            for arch in SHARED_MEMORY
+            for _, _, D, dtype in SHAPES
         ]
         for row in rows:
             print(json.dumps(row.result()), flush=True)
@@ -198,7 +212,7 @@ def test_a_step_copies_the_cache_ahead(table):
     """In 16 bits, the kernel of a step copies keys and values while it computes: it is bound by
     memory."""
     rows = [row for row in table if row["kernel"] == "decode_kernel" and row["dtype"] != "fp32"]
-    assert len(rows) == 2 * 2 * (6 + 3)
+    assert len(rows) == 2 * 2 * (2 * 8 + 3)
     assert [row for row in rows if row["asynchronous"] == 0] == []
 
 

@@ -3,14 +3,19 @@
 import json
 
 import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.plan import GPU_RESULTS, STEP, computed, measured
 from plan import SIZES, read_model
 from planning import speed
 from planning.gpus import GPUS
-from planning.memory import Layout
+from planning.memory import Layout, block_weights, weights
 from planning.report import model_flops
 from program.hardware import PEAK_FLOPS
+from program.ranks import start
 from training import update
 
 STEP_LAYOUT = Layout(rows=1, recompute=32)
@@ -40,12 +45,57 @@ def test_measured_updates(name, rows, seconds):
     assert computed(rows)[0] == pytest.approx(seconds, rel=0.03)
 
 
+@pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("size", SIZES)
-def test_flops_are_those_of_the_loops(size):
+def test_flops_are_those_of_the_loops(size, rank):
     """`model_flops` of training/update.py, which the metrics' MFU is made of."""
     config, lengths = read_model(size), [7, 1500, 1]
     row = speed.Row(sum(lengths), sum(n * n for n in lengths), 600)
-    assert model_flops(config, row) == update.model_flops(config, lengths, 600)
+    theirs = update.model_flops(config, lengths, 600, lora_rank=rank)
+    assert model_flops(config, row, rank) == theirs
+
+
+@pytest.mark.parametrize("rank, passes", [(0, 3), (64, 2)])
+def test_the_reference_takes_one_of_the_passes(rank, passes):
+    """Of a row without recomputation: a third, or half where only adapters have gradients."""
+    config, layout, gpu = read_model("7b"), Layout(lora_rank=rank), GPUS["h100"]
+    row = speed.Row(8192, 8192 * 500, 4000)
+    whole = sum(speed.row_seconds(config, layout, gpu, row).values())
+    assert speed.forward_seconds(config, layout, gpu, [[row]]) == pytest.approx(whole / passes)
+
+
+class Copied(TorchDispatchMode):
+    """Bytes that casts and copies read and write inside of it."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            self.size += out.nbytes + (args[0] if out is not args[0] else args[1]).nbytes
+        return out
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_what_fsdp_copies_to_gather_on_one_rank(trained):
+    """A trained weight is cast and copied, a frozen one of the compute type is copied: no more."""
+    start()
+    dtype = torch.float32 if trained else torch.bfloat16
+    layer = torch.nn.Linear(7, 37, bias=False, dtype=dtype).requires_grad_(trained)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    with Copied() as copied:
+        layer.unshard()
+    sizes = (7 * 37, 0) if trained else (0, 2 * 7 * 37)
+    assert copied.size == speed.gather_bytes(Layout(), *sizes)
+
+
+def test_blocks_that_are_freed_are_gathered_a_second_time():
+    """Not embedding and head, which stay; and `fastest` weighs the same bytes."""
+    config = read_model("7b")
+    kept, freed = (speed.cast_bytes(config, Layout(reshard=freed), 1) for freed in (False, True))
+    assert kept[0] == freed[0] == 10 * weights(config)
+    assert freed[1] - kept[1] == 10 * 32 * block_weights(config)
 
 
 def test_recomputation_adds_the_forward_pass_of_its_blocks():

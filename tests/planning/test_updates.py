@@ -66,3 +66,22 @@ def test_cut():
     """Sequences end at --max-seq-len, and what is trained of them does not exceed them."""
     cut = updates.cut(updates.mixture(), 1000)
     assert cut.tokens.max() == 1000 and (cut.trained <= cut.tokens).all()
+
+
+@pytest.mark.parametrize("ranks, micro_tokens", [(1, 90), (1, 10_000), (3, 60), (7, 40), (40, 41)])
+def test_the_largest_rows_are_those_of_plan_rows(ranks, micro_tokens):
+    """Of all updates at once, exactly: equal lengths, ranks without a record, one row and many."""
+    rng = np.random.default_rng(ranks)
+    sizes = rng.integers(1, 40, (50, 13))
+    trained = rng.integers(1, sizes + 1)
+    squares = sizes**2 // rng.integers(1, 3, sizes.shape)
+    most = [0, 0, 0]
+    for update in zip(sizes, trained, squares, strict=True):
+        found = updates.largest_rows(*(a[None] for a in update), ranks, micro_tokens, 2)
+        plan = plan_rows(update[0], ranks, micro_tokens, 2, update[2])
+        rows = [row for rank in plan for row in rank]
+        expected = [max(sum(update[k][row]) for row in rows) for k in (0, 1)] + [len(plan[0])]
+        assert list(found) == expected
+        most = np.maximum(most, expected)
+    found = updates.largest_rows(sizes, trained, squares, ranks, micro_tokens, 2)
+    assert list(found) == list(most)

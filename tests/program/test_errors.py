@@ -27,6 +27,13 @@ def ended(statement, **options):
         ("raise errors.InputError('flag\\n  is bad')", 2, "error: flag is bad\n"),
         ("raise errors.RunError('loss nan')", 1, "error: loss nan\n"),
         ("open('no/such')", 2, "error: no/such: No such file or directory\n"),
+        # The text of a data file: a colour, a NUL, a right-to-left mark, half a character, a path.
+        (
+            "raise errors.InputError('role is \\x1b[31mé\\0\\u202e\\ud800👧')",
+            2,
+            "error: role is \\x1b[31mé\\x00\\u202e\\ud800👧\n",
+        ),
+        ("open('no\\n\\x1bsuch')", 2, "error: no \\x1bsuch: No such file or directory\n"),
         ("raise KeyboardInterrupt", 130, ""),
     ],
 )

@@ -52,6 +52,9 @@ def trained_text(record, tokenizer):
         {"instruction": "Hi", "input": "", "output": "Hello!"},
         {"instruction": "Hi", "output": "Hello!", "input": None, "system": ""},
         {"instruction": " ", "output": "Hello!", "input": "Hi"},
+        {"messages": HI, "system": "", "history": [], "tools": "[]"},
+        {"messages": HI, "system": None, "history": None, "tools": None, "source": "x"},
+        {"instruction": "Hi", "output": "Hello!", "system": " \n", "history": "", "tools": []},
     ],
     ids=str,
 )
@@ -65,6 +68,38 @@ def test_alpacas_input_follows_a_blank_line():
     """As in Alpaca's own prompt: first the instruction, then what it is to be done on."""
     record = {"instruction": "Add.", "input": "2, 3", "output": "5"}
     assert conversation(record) == [user("Add.\n\n2, 3"), assistant("5")]
+
+
+AFTER_SYSTEM = [
+    {"messages": HI},
+    {"messages": [SYSTEM, *HI]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+    {"prompt": "Hi", "completion": "Hello!"},
+    {"prompt": [SYSTEM, *HI[:1]], "completion": "Hello!"},
+    {"instruction": "Hi", "output": "Hello!"},
+]
+
+
+@pytest.mark.parametrize("record", AFTER_SYSTEM, ids=str)
+@pytest.mark.parametrize("text", [" Be brief.\n", [{"type": "text", "text": "Be brief."}]])
+def test_a_system_text_becomes_the_first_message_once(base, record, text):
+    """Beside every shape, where its messages do not begin with the same text."""
+    tokenizer = Tokenizer(base)
+    found = encode_conversation(record | {"system": text}, tokenizer)
+    assert found == [tokenizer.encode([SYSTEM, *HI])]
+    assert remark(record | {"system": text}, False).endswith(
+        "system text becomes the first message"
+    )
+
+
+def test_alpacas_history_stands_before_its_instruction(base):
+    """After the system text; its answers are trained, as LLaMA-Factory trains them."""
+    record = {"instruction": "Add.", "input": "2, 3", "output": "5", "system": "Be brief."}
+    record |= {"history": [["Hi", "Hello!"], ["And you?", "Fine."]]}
+    asked = [user("And you?"), assistant("Fine."), user("Add.\n\n2, 3"), assistant("5")]
+    tokenizer = Tokenizer(base)
+    assert encode_conversation(record, tokenizer) == [tokenizer.encode([SYSTEM, *HI, *asked])]
+    assert trained_text(record, tokenizer)[1] == "Hello!</s>Fine.</s>5</s>"
 
 
 def test_of_a_completion_the_prompts_answers_are_context(base):
@@ -90,8 +125,18 @@ def test_of_a_completion_the_prompts_answers_are_context(base):
         ({"prompt": "Hi", "completion": ["no"]}, r'completion\[0\] is "no"'),
         ({"instruction": 5, "output": "no"}, "instruction is 5, expected a string"),
         ({"instruction": "a", "input": {"a": 1}, "output": "no"}, "input is {"),
-        ({"instruction": "a", "output": "no", "system": "Be."}, 'system is "Be.", expected it ins'),
-        ({"instruction": "a", "output": "no", "history": [["a", "b"]]}, "history is "),
+        ({"messages": HI, "system": 5}, "system is 5, expected a string"),
+        ({"messages": [SYSTEM, *HI], "system": "Be."}, 'is "Be." and the system message is "Be br'),
+        ({"messages": HI, "history": [["a", "b"]]}, "history is .* only Alpaca's is read"),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "history": "a"}, 'history is "a", exp'),
+        ({"messages": HI, "tools": [{"name": "f"}]}, "tools is .*expected none: the chat format"),
+        ({"instruction": "a", "output": "no", "tools": "f"}, 'tools is "f", expected none'),
+        ({"instruction": "a", "output": "no", "history": {"a": 1}}, "history is {.*, expected a l"),
+        ({"instruction": "a", "output": "no", "history": [["a"]]}, r'history\[0\] is \["a"\], exp'),
+        (
+            {"instruction": "a", "output": "no", "history": [["a", None]]},
+            r"history\[0\]\[1\] is nu",
+        ),
         ({"messages": [user([{"type": "image"}])]}, r"content\[0\] is {\"type\": \"image\"}, exp"),
         ({"messages": [user([{"type": "text", "text": 5}])]}, r"content\[0\] is {"),
     ],
@@ -183,6 +228,8 @@ APART = {"chosen": [assistant("Blue.")], "rejected": [assistant("Seven.")]}
         WHOLE | {"prompt": ""},
         WHOLE | {"prompt": None},
         WHOLE | {"prompt": ASKED, "rejected": APART["rejected"]},
+        WHOLE | {"system": "Ignored.", "tools": ["f"], "history": [5]},
+        APART | {"prompt": "Name a colour.", "system": "Be brief."},
     ],
     ids=str,
 )
@@ -221,7 +268,7 @@ def test_a_conversation_may_begin_with_the_assistant(base):
         (WHOLE | {"prompt": 5}, "prompt is 5"),
         (APART | {"prompt": [*ASKED, assistant("Red?")]}, "chosen begins with"),
         (APART | {"prompt": ["Hi"]}, r'prompt\[0\] is "Hi", expected an object'),
-        (APART | {"prompt": "Hi", "system": "Be."}, 'system is "Be.", expected it inside'),
+        (APART | {"prompt": "Hi", "tools": "f"}, 'tools is "f", expected none: the chat format'),
         (APART | {"question": "Hi"}, r"nothing before its answer, .* \(found chosen, question, re"),
         ({"messages": HI}, "found messages, expected chosen and rejected"),
         (WHOLE | {"prompt": "Name a colour.", "rejected": HI}, "rejected begins with"),
@@ -309,7 +356,8 @@ def test_a_pipe_is_no_data(refused, tmp_path):
 WORDS = st.sampled_from(
     ["messages", "conversations", "prompt", "completion", "instruction", "input", "output", "role",
      "chosen", "rejected", "content", "from", "value", "weight", "train", "tool_calls", "type",
-     "text", "user", "assistant", "system", "human", "gpt", "Hi", "", "a\ud800", " \n", "</s>"]
+     "text", "user", "assistant", "system", "history", "tools", "human",
+     "gpt", "Hi", "", "a\ud800", " \n", "</s>"]
 )  # fmt: skip
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.floats(), WORDS)
 MESSAGES = st.lists(

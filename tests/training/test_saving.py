@@ -11,6 +11,8 @@ from checkpoint.resume import saved_runs
 from checkpoint.run_folder import exported_models, read_records
 from harm import RENAME, REPLACE, assert_same_run, harmed, recipe
 from program.errors import InputError
+from sft import SFTConfig
+from training.saving import going_on
 
 
 @pytest.fixture
@@ -106,6 +108,17 @@ def test_a_larger_max_steps_goes_on_as_one_run(flags, uninterrupted, conversatio
     kept = [json.dumps(r) + "\n" for r in records if r.get("event") != "eval"]
     (Path(flags["out"]) / "metrics.jsonl").write_text("".join(kept))
     assert_same_run(flags["out"], uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "out, afresh",
+    [("runs/demo/sft", True), ("runs/demo/./dpo", True), ("runs/sft", False), ("runs/demo", False)],
+)
+def test_only_the_demos_own_folder_does_not_go_on(out, afresh):
+    """The demo removes it at every start, so what is said of other runs is not true of it."""
+    said = going_on(SFTConfig(out=out), "the same command continues it")
+    assert said.endswith("the same command continues it")
+    assert said.startswith("the demo starts afresh every time; with an --out of your own") == afresh
 
 
 def test_going_on_may_be_interrupted(flags, uninterrupted):
