@@ -226,7 +226,7 @@ def parquet(path: Path) -> Iterator[Any]:
         raise InputError(f"{path}: not a readable parquet file ({error})") from None
 
 
-def parse(raw: object, path: Path, number: int) -> dict | None:
+def parse(raw: object, path: str | Path, number: int) -> dict | None:
     """The object of one record, given as a line's bytes or parsed; None for a blank line."""
     record = raw
     if isinstance(raw, bytes):
