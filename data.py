@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +34,13 @@ from tokens.token_cache import loaded_tokenizer
 # ---- Updates
 
 
-def update_count(records, batch_size, epochs):
+def update_count(records: int, batch_size: int, epochs: int) -> tuple[int, int]:
     """(updates of an epoch, of the run): the last partial batch of an epoch is dropped."""
     per_epoch = max(1, records // batch_size)
     return per_epoch, per_epoch * epochs
 
 
-def schedule(records, kind, batch_size, epochs):
+def schedule(records: int, kind: str, batch_size: int, epochs: int) -> str:
     """One line for the user: how many updates of what, and what is left out of every epoch."""
     per_epoch, total = update_count(records, batch_size, epochs)
     each = min(batch_size, records)
@@ -50,7 +51,7 @@ def schedule(records, kind, batch_size, epochs):
     return text
 
 
-def update_members(records, batch_size, seed, step):
+def update_members(records: int, batch_size: int, seed: int, step: int) -> tuple[int, np.ndarray]:
     """(epoch, indices) of the records of update `step`, both from 0.
 
     Every epoch is a permutation that depends on nothing but (seed, epoch), so that a resumed run,
@@ -63,19 +64,20 @@ def update_members(records, batch_size, seed, step):
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(records, seed, epoch):
+def epoch_order(records: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(records)
 
 
-def plan_rows(lengths, ranks, row_tokens, hidden_size, squares=None):
+def plan_rows(lengths: np.ndarray, ranks: int, row_tokens: int, hidden_size: int,
+              squares: np.ndarray | None = None) -> list[list[list[int]]]:  # fmt: skip
     """Lay records out as `rows[rank][k]`, lists of indices into `lengths` (n,), their tokens.
 
     First whole records are dealt to ranks, costliest first to the rank with the least to do. A
     token costs 24·E² FLOPs in a block's matrices (7B's F) and 4·E per token before it in attention:
     n tokens cost in proportion to n + n²/(12·E). squares (n,): what takes the place of n² in a pair
     (`Documents.squares`). Then each rank packs its share by best-fit decreasing: the longest record
-    goes to the fullest row that still takes it. Every rank gets as many rows, the last ones empty,
-    since FSDP needs every rank in every forward pass.
+    goes to the fullest row that still takes it. All ranks get equally many rows, the last ones
+    empty if need be: FSDP needs every rank in every forward pass.
     """
     squares = lengths**2 if squares is None else squares
     shares = [(0.0, rank, []) for rank in range(ranks)]
@@ -84,15 +86,14 @@ def plan_rows(lengths, ranks, row_tokens, hidden_size, squares=None):
         share.append(i)
         cost += lengths[i] + squares[i] / (12 * hidden_size)
         heapq.heappush(shares, (cost, rank, share))
-    rows = [
-        best_fit_decreasing(lengths, share, row_tokens)
-        for _, _, share in sorted(shares, key=lambda share: share[1])
-    ]
+    shares.sort(key=lambda share: share[1])
+    rows = [best_fit_decreasing(lengths, share, row_tokens) for _, _, share in shares]
     passes = max(map(len, rows))
     return [own + [[] for _ in range(passes - len(own))] for own in rows]
 
 
-def best_fit_decreasing(lengths, longest_first, row_tokens):
+def best_fit_decreasing(lengths: np.ndarray, longest_first: Iterable[int],
+                        row_tokens: int) -> list[list[int]]:  # fmt: skip
     """Rows of at most `row_tokens` tokens, nearly all of them full on Tulu's lengths."""
     rows, room = [], []  # room: sorted (free tokens, row)
     for i in longest_first:
@@ -107,12 +108,12 @@ def best_fit_decreasing(lengths, longest_first, row_tokens):
     return rows
 
 
-def pack_row(sequences, shared=None):
+def pack_row(sequences: list[tuple], shared: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Arrays of one packed row, which the model takes, from the `(ids, trained)` of its sequences.
 
-    shared (sequences,): how many tokens at its head a sequence has in common with the last one
-    before it that shares none (0: it is a document of its own). They stand in the row once, and are
-    not trained. Two documents; and a pair, whose prompt `1 5` both answers follow:
+    shared (sequences,): 0 for a document, and for the first of sequences that begin alike, as those
+    of a pair do; for the others, how many tokens at their head the first has, too. They stand in
+    the row once, and are not trained. Two documents; and a pair, whose prompt is `1 5`:
 
         documents   [1 7 8 2] [1 9 2]         pair        [1 5 8 6 2] [1 5 9 2], shared 0 and 2
         input_ids    1 7 8 2   1 9 2          input_ids    1 5 8 6 2 9 2
@@ -174,7 +175,7 @@ class DataConfig:
     gpus: int = 1  # how many of them
 
 
-def main(flags):
+def main(flags: dict) -> None:
     config = DataConfig(**flags)
     if not config.model or not config.data:
         raise InputError("--model DIR and --data FILE are needed")
@@ -205,20 +206,17 @@ def main(flags):
             print_sequences(tokenizer, title + next(documents.names([i])), documents[i])
 
 
-def print_plan(config, stage):
+def print_plan(config: DataConfig, stage: str) -> None:
     """The words of plan.py on these data: whether they fit, and how long they take."""
     command = [sys.executable, Path(__file__).with_name("plan.py"), "--stage", stage]
-    for name in (
-        "model", "data", "gpu", "gpus", "epochs", "batch_size", "max_seq_len", "micro_tokens",
-        "seed",
-    ):  # fmt: skip
+    for name in "model data gpu gpus epochs batch_size max_seq_len micro_tokens seed".split():
         value = getattr(config, name)
         command += ["--" + name.replace("_", "-"), *(value if name == "data" else [str(value)])]
     sys.stdout.flush()
     subprocess.run(command)
 
 
-def chosen_to_show(lengths, config):
+def chosen_to_show(lengths: np.ndarray, config: DataConfig) -> list[tuple[str, int]]:
     """(title, record) of those that are printed; lengths (records,)."""
     if config.show is not None:
         return [("", i) for i in range(min(config.show, len(lengths)))]
@@ -226,7 +224,7 @@ def chosen_to_show(lengths, config):
     return [("longest: ", lengths.argmax()), ("shortest: ", lengths.argmin()), ("random: ", random)]
 
 
-def print_rows(lengths, config, kind):
+def print_rows(lengths: np.ndarray, config: DataConfig, kind: str) -> None:
     """How full rows of all the data are, those of 20 updates, and how full padded batches."""
     longest_first = (-lengths).argsort(kind="stable")
     overall = len(best_fit_decreasing(lengths, longest_first, config.micro_tokens))

@@ -22,6 +22,7 @@ import importlib
 import json
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -84,7 +85,7 @@ PAPER = {
 COLUMNS = ("mmlu", "gsm8k", "bbh", "tydiqa", "humaneval", "toxigen", "alpaca_eval", "truthfulqa")
 
 
-def main(flags):
+def main(flags: dict) -> None:
     rank, world, device = start()
     config = with_defaults(EvalConfig(**flags), device)
     options = Options(config.full, config.chat, config.mmlu_shots, config.seed)
@@ -139,14 +140,14 @@ def main(flags):
         print(f"{out}: the scores; {lines}: every prompt and answer")
 
 
-def write_scores(path, results):
+def write_scores(path: Path, results: dict) -> None:
     """Write the results so far, on rank 0."""
     if dist.get_rank() == 0:
         with written_aside(path) as file:
             file.write(json.dumps(results, indent=1) + "\n")
 
 
-def with_defaults(config, device):
+def with_defaults(config: EvalConfig, device: torch.device) -> EvalConfig:
     """The config with its defaults filled in. Raises `InputError` for a bad value of a flag."""
     check_bounds(config)
     if config.model is None:
@@ -165,7 +166,7 @@ def with_defaults(config, device):
     return dataclasses.replace(config, dtype=dtype)
 
 
-def run_facts(config):
+def run_facts(config: EvalConfig) -> dict:
     """What decides the answers, to tell evaluations apart: the model's content, not its path."""
     folder = Path(config.model)
     context = config.context or read_config(folder).max_position_embeddings
@@ -177,7 +178,7 @@ def run_facts(config):
     return {"model": key, "context": context, **facts}
 
 
-def earlier_records(path, run):
+def earlier_records(path: Path, run: dict) -> list[dict]:
     """The records of an interrupted evaluation. Raises `InputError` for those of another one.
 
     A last line that a kill cut short is removed from the file.
@@ -204,7 +205,7 @@ def earlier_records(path, run):
     return [record for record in records if "task" in record]
 
 
-def table(results):
+def table(results: dict) -> str:
     """The scores with their standard errors, above the paper's scores of the same tasks."""
     tasks = results["tasks"]
     shown = {task for task in tasks if is_the_papers(task, tasks[task])}
@@ -222,7 +223,7 @@ def table(results):
     )
 
 
-def is_the_papers(task, result):
+def is_the_papers(task: str, result: dict) -> bool:
     """Whether the paper's column of a task is for what `result` has, or will have from its judge.
 
     MC2 of TruthfulQA is another metric, a win rate by another judge than GPT-4 not comparable.
@@ -230,7 +231,7 @@ def is_the_papers(task, result):
     return task in COLUMNS and ("judges" in result) == (task == "truthfulqa")
 
 
-def remarks(tasks):
+def remarks(tasks: dict[str, dict]) -> Iterator[str]:
     """Lines about scores by judges, and about answers that still wait for one."""
     for task, result in tasks.items():
         if "note" in result:
@@ -241,7 +242,7 @@ def remarks(tasks):
             yield f"{task}: {result['outputs']} is for the judge: {result['judge']}"
 
 
-def score_text(result):
+def score_text(result: dict) -> str:
     """Score and standard error. A task without a score needs its judge."""
     if result["score"] is None:
         return "see below"

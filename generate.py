@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class GenerateConfig:
     compile: bool = True  # on a GPU: compile a block and record a step, which takes seconds
 
 
-def main(flags):
+def main(flags: dict) -> None:
     _, world, device = start()
     config = GenerateConfig(**flags)
     check_flags(config, world)
@@ -91,7 +92,7 @@ def main(flags):
         chat(generator, config, sampling)
 
 
-def check_flags(config, world):
+def check_flags(config: GenerateConfig, world: int) -> None:
     """Raise `InputError` for a bad value of a flag, or for flags that exclude each other."""
     check_bounds(config)
     if (config.prompts is None) != (config.out is None):
@@ -116,7 +117,7 @@ def check_flags(config, world):
             raise InputError(f"--out {config.out}: no such folder, expected one that exists")
 
 
-def demo_model():
+def demo_model() -> str | Path:
     """The folder of the demo's newest model. Where there is none, it is trained first."""
     try:
         return newest_model()
@@ -128,7 +129,7 @@ def demo_model():
 # ---- Files of prompts
 
 
-def read_prompts(config):
+def read_prompts(config: GenerateConfig) -> list[dict]:
     """The records of --prompts. Raises `InputError` with file and line for a bad one."""
     path, records = Path(config.prompts), []
     if not path.is_file() or not path.name.endswith((".jsonl", ".jsonl.gz")):
@@ -144,7 +145,7 @@ def read_prompts(config):
     return records
 
 
-def check_prompt(record, chat):
+def check_prompt(record: dict, chat: bool) -> None:
     """Raise `ValueError` unless a record has a "prompt" or, in chat format, "messages"."""
     if ("prompt" in record) == ("messages" in record):
         raise ValueError('expected either "prompt" or "messages"')
@@ -158,7 +159,7 @@ def check_prompt(record, chat):
             raise ValueError("found an assistant's message at the end, expected a user's message")
 
 
-def prompt_ids(tokenizer, record, config):
+def prompt_ids(tokenizer: Tokenizer, record: dict, config: GenerateConfig) -> list[int]:
     """Token ids of a record's prompt."""
     if "messages" in record:
         return tokenizer.prompt(plain_messages(record["messages"], "messages"))
@@ -169,7 +170,8 @@ def prompt_ids(tokenizer, record, config):
     return tokenizer.prompt([*system, {"role": "user", "content": text}])
 
 
-def encode_prompts(records, model, config):
+def encode_prompts(records: list[dict], model: str | Path,
+                   config: GenerateConfig) -> list[list[int]]:  # fmt: skip
     """Token ids of each record's prompt. Raises `InputError` for one that fills the context."""
     context = config.context or read_config(model).max_position_embeddings
     tokenizer = Tokenizer(model)
@@ -184,7 +186,8 @@ def encode_prompts(records, model, config):
     return prompts
 
 
-def answer_file(generator, records, prompts, out, sampling):
+def answer_file(generator: TextGenerator, records: list[dict], prompts: list[list[int]], out: Path,
+                sampling: Sampling) -> None:  # fmt: skip
     """Answer every record and write `out`, which appears when all answers are there.
 
     Until then the answers are in a file whose name holds a hash of everything that decides them.
@@ -223,7 +226,8 @@ def answer_file(generator, records, prompts, out, sampling):
         print(f"{out}: {amount(len(records), 'answers')}, {now}")
 
 
-def answers_key(generator, records, prompts, sampling):
+def answers_key(generator: TextGenerator, records: list[dict], prompts: list[list[int]],
+                sampling: Sampling) -> str:  # fmt: skip
     """A hash of what decides the answers.
 
     Weights enter by name, size and time of change: hashing the content of a 70B takes minutes.
@@ -239,7 +243,7 @@ def answers_key(generator, records, prompts, sampling):
 # ---- The terminal
 
 
-def chat(generator, config, sampling):
+def chat(generator: TextGenerator, config: GenerateConfig, sampling: Sampling) -> None:
     """Read questions and print answers until /quit or the end of the input."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401, gives input() arrow keys and a history
@@ -274,7 +278,7 @@ def chat(generator, config, sampling):
             turns += [messages[-1], {"role": "assistant", "content": answer}]
 
 
-def print_answer(pieces):
+def print_answer(pieces: Iterable[tuple[str, str | None]]) -> str:
     """Print an answer piece by piece and return its text. Ctrl-C ends the answer early."""
     text, finish = "", None
     try:

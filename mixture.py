@@ -28,16 +28,18 @@ import json
 import os
 import random
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
+from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from program.errors import InputError, reported
 from program.files import written_aside
 from program.flags import parse_args
 from tulu_mixture.readers import count, files_in, find_files, located, records, without
-from tulu_mixture.sources import SCIENCE_TASKS, SOURCES, field, sharegpt_texts
+from tulu_mixture.sources import SCIENCE_TASKS, SOURCES, Source, field, sharegpt_texts
 
 # A conversation is dropped if any of its messages, of any role, contains one of these in upper or
 # lower case, even inside a longer word: "bombard", "Lombardy" and everyone called Claude go, too.
@@ -62,7 +64,7 @@ class MixtureConfig:
     check: list[str] | None = None  # a finished mixture: files or folders
 
 
-def main(flags):
+def main(flags: dict) -> None:
     config = MixtureConfig(**flags)
     chosen = chosen_sources(config.sources)
     if config.check:
@@ -111,7 +113,7 @@ class Report:
     dropped: Counter = dataclasses.field(default_factory=Counter)  # left out, by reason
 
 
-def chosen_sources(names):
+def chosen_sources(names: list[str] | None) -> list[Source]:
     """The sources of these names (None: all), in the order of `SOURCES`."""
     known = [source.name for source in SOURCES]
     for name in names or ():
@@ -120,7 +122,9 @@ def chosen_sources(names):
     return [source for source in SOURCES if names is None or source.name in names]
 
 
-def conversations(source, paths, stream, tokenizer, report):
+def conversations(source: Source, paths: list[Path], stream: random.Random,
+                  tokenizer: SentencePieceProcessor | None,
+                  report: Report) -> Iterator[dict]:  # fmt: skip
     """The source's conversations in their final form, before the keyword filter."""
     for _ in range(source.repeat):
         position = report.read = 0  # a repeated source repeats its ids; its rows count once
@@ -136,7 +140,9 @@ def conversations(source, paths, stream, tokenizer, report):
                 position += 1
 
 
-def converted(source, path, stream, tokenizer, report):
+def converted(source: Source, path: Path, stream: random.Random,
+              tokenizer: SentencePieceProcessor | None,
+              report: Report) -> Iterator[list]:  # fmt: skip
     """What the source's converter makes of every row of a raw file, one list a row.
 
     Rows that the sample leaves out are converted, too, so that errors do not depend on the seed.
@@ -153,7 +159,7 @@ def converted(source, path, stream, tokenizer, report):
         raise InputError(f"{path}: no records")
 
 
-def sample(rows, wanted: int, left: int, stream):
+def sample(rows: Iterable, wanted: int, left: int, stream: random.Random) -> Iterator:
     """`wanted` of the `left` rows, in their order: Knuth's algorithm S (volume 2, section 3.4.2).
 
     A row is taken with probability (still wanted) / (rows left). So every set of rows is equally
@@ -175,7 +181,8 @@ def random_stream(seed: int, name: str) -> random.Random:
     return random.Random(int.from_bytes(digest, "big"))
 
 
-def with_token_counts(rows, tokenizer):
+def with_token_counts(rows: Iterator[tuple[str, dict]],
+                      tokenizer: SentencePieceProcessor) -> Iterator[tuple[str, dict]]:  # fmt: skip
     """Add `tokens`, the number of tokens of each message, to ShareGPT's records.
 
     SentencePiece encodes the texts in batches, on all cores. (The original's tokenizer makes one
@@ -192,7 +199,7 @@ def with_token_counts(rows, tokenizer):
             yield place, {**record, "tokens": tokens}
 
 
-def has_keyword(conversation) -> bool:
+def has_keyword(conversation: dict) -> bool:
     """Whether the keyword filter drops the conversation."""
     for message in conversation["messages"]:
         text = message["content"].lower()
@@ -201,7 +208,7 @@ def has_keyword(conversation) -> bool:
     return False
 
 
-def check(paths, chosen):
+def check(paths: list[Path], chosen: list[Source]) -> None:
     """Compare a finished mixture with the published counts; raises `InputError` if any differs."""
     reports = {source.name: Report() for source in chosen}
     names = {source.name for source in SOURCES}
@@ -221,7 +228,7 @@ def check(paths, chosen):
         raise InputError(f"{', '.join(map(str, paths))}: counts other than published: {wrong}")
 
 
-def print_table(chosen, reports) -> str:
+def print_table(chosen: list[Source], reports: dict[str, Report]) -> str:
     """Print each source's counts beside the published ones; returns the kept counts that differ."""
     lines = []
     for source in chosen:
@@ -262,7 +269,7 @@ def print_table(chosen, reports) -> str:
     return "; ".join(wrong)
 
 
-def load_tokenizer(path, chosen):
+def load_tokenizer(path: str | None, chosen: list[Source]) -> SentencePieceProcessor | None:
     """The tokenizer in whose tokens ShareGPT's chunks are measured; None without ShareGPT."""
     if "sharegpt" not in (source.name for source in chosen):
         return None

@@ -24,11 +24,12 @@ Code Llama 7B and 13B: Llama 2's, V 32,016, rope_theta 1e6. Grouped-query attent
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kernels.attention import attention, document_ends
 from kernels.cross_entropy import linear_cross_entropy
@@ -54,7 +55,7 @@ class LlamaConfig:
 class Llama(nn.Module):
     """The whole network; `lm_head` is None where the head is tied to the embedding."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
@@ -62,10 +63,10 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(
-        self, input_ids, doc_start, predict, labels=None, uniform_gradient=False,
-        positions=None, doc_end=None, tiles=None,
-    ):  # fmt: skip
+    def forward(self, input_ids: Tensor, doc_start: Tensor, predict: Tensor,
+                labels: Tensor | None = None, uniform_gradient: bool = False,
+                positions: Tensor | None = None, doc_end: Tensor | None = None,
+                tiles: Tensor | None = None) -> Tensor:  # fmt: skip
         """Losses, or logits, of the tokens that follow the places `predict` of a row.
 
         input_ids (T,) int64, doc_start (T,) int32, predict (N,) int64. Without labels: logits
@@ -83,7 +84,8 @@ class Llama(nn.Module):
         hidden = self.model(input_ids, positions, [attend] * len(self.model.layers))
         return self.head(hidden[predict], labels, uniform_gradient)
 
-    def head(self, hidden, labels=None, uniform_gradient=False):
+    def head(self, hidden: Tensor, labels: Tensor | None = None,
+             uniform_gradient: bool = False) -> Tensor:  # fmt: skip
         """Losses (N,) of labels (N,), or without labels logits (N, V), from hidden (N, E)."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if labels is None:
@@ -98,14 +100,14 @@ class Decoder(nn.Module):
     for each layer, by which its tokens attend; shapes as in kernels/attention.py.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, input_ids, positions, attends):
+    def forward(self, input_ids: Tensor, positions: Tensor, attends: list[Callable]) -> Tensor:
         x = self.embed_tokens(input_ids)  # (T, E)
         cos, sin = rotary_angles(positions, self.config, x.dtype)
         for layer, attend in zip(self.layers, attends, strict=True):
@@ -116,14 +118,14 @@ class Decoder(nn.Module):
 class Block(nn.Module):
     """One transformer block: attention, then the MLP, each on a normalised copy of the stream."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -131,7 +133,7 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Self-attention: H query heads share Hk key/value heads, and `attend` says who sees whom."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         E, D = config.hidden_size, config.head_dim
         self.head_dim = D
@@ -140,7 +142,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(E, config.num_key_value_heads * D, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * D, E, bias=False)
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, Hk, D)
@@ -151,31 +153,31 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config):
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x²) + eps) in fp32, then times a weight (Zhang and Sennrich 2019, eq. 4)."""
 
-    def __init__(self, hidden_size, eps):
+    def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * x32.to(x.dtype)
 
 
-def rotary_angles(positions, config, dtype):
+def rotary_angles(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """cos and sin (T, 1, D) of position · theta^(-2i/D), in fp32 (Su et al. 2021, eq. 15).
 
     The D/2 angles come twice, one copy after the other: Hugging Face's layout pairs element i with
@@ -188,7 +190,7 @@ def rotary_angles(positions, config, dtype):
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x, cos, sin):
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + D/2) of x (T, heads, D) by its angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

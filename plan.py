@@ -21,20 +21,21 @@ from pathlib import Path
 from checkpoint.config import read_config
 from model import LlamaConfig
 from planning import updates
-from planning.gpus import find_gpu
+from planning.gpus import GPU, find_gpu
 from planning.memory import Layout, check_layout
 from planning.report import figures, table
 from program.errors import InputError, reported
 from program.files import written_aside
 from program.flags import check_bounds, parse_args
 from selection.cost import scoring_flops
+from selection.influence import LessFlags, with_rank
 from tokens import readers
 from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation, encode_pair
 from tokens.shapes import FIELDS, is_pair
 from training.flags import DataFlags, LoRAFlags, OutputFlags, RunFlags
 
-FORWARD = 0.4  # share of the peak that a forward pass alone reaches, for prune.py's hours
+FORWARD = 0.4  # share of the peak that prune.py is taken to reach
 
 # Layers, E, F, H, Hk, V and rope_theta: the table in model.py.
 SIZES = {
@@ -84,7 +85,7 @@ class PlanConfig(Ignored, RunFlags, DataFlags, OutputFlags, LoRAFlags):
     seed: int = 42  # of the order of the data
 
 
-def main(flags):
+def main(flags: dict) -> bool:
     """Plan, print, and return whether everything fits."""
     config = PlanConfig(**flags)
     check(config)
@@ -105,16 +106,25 @@ def main(flags):
         )
         print("\n".join(table(records[-1], config.price)) + "\n")
         if stage == "sft":
-            flops = scoring_flops(model_config, "rds", lengths.tokens[:, 0], lengths.trained.sum())
-            hours = flops / (FORWARD * gpu.flops) / 3600
-            print(f"choosing among them first (prune.py, rds): {hours:.1f} GPU hours\n")
+            print(choosing(model_config, gpu, lengths) + "\n")
     print("computed, not measured: planning/ says from what, results/README.md how far off")
     if config.out:
         write(config, records)
     return all(record["fits"] for record in records)
 
 
-def check(config):
+def choosing(model_config: LlamaConfig, gpu: GPU, lengths: updates.Lengths) -> str:
+    """What prune.py takes for as many conversations, in a line."""
+    flags = with_rank(LessFlags(), model_config)
+    hours = [
+        scoring_flops(model_config, method, lengths.tokens[:, 0], lengths.trained.sum(), flags)
+        / (FORWARD * gpu.flops) / 3600
+        for method in ("rds", "less")
+    ]  # fmt: skip
+    return "choosing among them first (prune.py): rds {:.1f} GPU hours, less {:.1f}".format(*hours)
+
+
+def check(config: PlanConfig) -> None:
     """Raise `InputError` for a flag with a bad value."""
     given = {name: v for name, v in dataclasses.asdict(config).items() if v is not None}
     check_bounds(dataclasses.make_dataclass("Given", given)(**given))
@@ -130,7 +140,7 @@ def check(config):
         raise InputError(f"--out: {config.out}: no such folder")
 
 
-def read_model(name):
+def read_model(name: str) -> LlamaConfig:
     """The `LlamaConfig` of a folder, or of a size by its name."""
     if name.lower() not in SIZES or Path(name).is_dir():
         if not Path(name).is_dir():
@@ -140,7 +150,7 @@ def read_model(name):
     return LlamaConfig(V, E, F, layers, H, Hk, E // H, 1e-5, theta, False)
 
 
-def stages(config):
+def stages(config: PlanConfig) -> dict[str, updates.Lengths]:
     """`{stage: Lengths}` of what is planned."""
     if not config.data:
         known = {"sft": updates.mixture, "dpo": updates.ultrafeedback}
@@ -170,7 +180,7 @@ def stages(config):
         return {stage: updates.Lengths(name, *sizes)}
 
 
-def write(config, records):
+def write(config: PlanConfig, records: list[dict]) -> None:
     """The JSON file: the figures of the first stage, and under `stages` those of each."""
     record = records[0] | {"stages": {record["stage"]: record for record in records}}
     record |= {"fits": all(record["fits"] for record in records)}

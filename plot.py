@@ -14,9 +14,12 @@ matplotlib (requirements-dev.txt), which brings Pillow.
 import argparse
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 from PIL import Image
@@ -27,7 +30,7 @@ from program.errors import InputError, reported
 # ---- Runs
 
 
-def plot_sft(metrics_path, png_path, note=""):
+def plot_sft(metrics_path: str | Path, png_path: str | Path, note: str = "") -> None:
     """Loss of every update, its mean over a hundredth of the run, and the learning rate; and the
     loss on held-out data."""
     start, updates = read_metrics(metrics_path, "loss", "lr")
@@ -45,7 +48,7 @@ def plot_sft(metrics_path, png_path, note=""):
     save(figure, png_path)
 
 
-def plot_dpo(metrics_path, png_path, note=""):
+def plot_dpo(metrics_path: str | Path, png_path: str | Path, note: str = "") -> None:
     """Loss, margin of the rewards and accuracy of every update, each with its mean, and those of
     held-out pairs."""
     names = ("loss", "rewards/margins", "rewards/accuracies")
@@ -63,7 +66,7 @@ def plot_dpo(metrics_path, png_path, note=""):
     save(figure, png_path)
 
 
-def read_metrics(path, *names):
+def read_metrics(path: str | Path, *names: str) -> tuple[dict, list[dict]]:
     """The last start and all updates of a metrics.jsonl whose updates have these fields."""
     records = read_records(Path(path))
     starts = [record for record in records if record.get("event") == "start"]
@@ -75,7 +78,7 @@ def read_metrics(path, *names):
     return starts[-1], updates
 
 
-def curve(axis, steps, values):
+def curve(axis: Axes, steps: list[int], values: list[float]) -> None:
     """Every update, and in a run of 200 or more the mean over a hundredth of it."""
     window = max(1, len(values) // 100)
     if window > 1:
@@ -87,7 +90,7 @@ def curve(axis, steps, values):
         axis.plot(steps, values, color="C0")
 
 
-def points(axis, path, name):
+def points(axis: Axes, path: str | Path, name: str) -> None:
     """What was measured on held-out data, where anything was."""
     held_out = [r for r in read_records(Path(path)) if r.get("event") == "eval" and name in r]
     if held_out:
@@ -96,7 +99,7 @@ def points(axis, path, name):
         axis.legend()
 
 
-def title(start, examples, note=""):
+def title(start: dict, examples: str, note: str = "") -> str:
     """Model, data, batch and hardware of a run, from its start record, and the note."""
     config, environment = start["config"], start["environment"]
     data = ", ".join(Path(path).name for path in config["data"])
@@ -111,7 +114,7 @@ def title(start, examples, note=""):
 # ---- Files of bench.py
 
 
-def plot_kernels(json_path, png_path, note=""):
+def plot_kernels(json_path: str | Path, png_path: str | Path, note: str = "") -> None:
     """Attention's TFLOP/s by row and the loss's time and memory by tokens, ours and others'."""
     results = json.loads(Path(json_path).read_text(encoding="utf-8"))
     attention = [r for r in results["attention"] if "ms" in r]
@@ -152,18 +155,18 @@ def plot_kernels(json_path, png_path, note=""):
     save(figure, png_path)
 
 
-def providers(rows):
+def providers(rows: list[dict]) -> list[str]:
     """The names of who computed, ours first, each once."""
     return sorted(dict.fromkeys(r["provider"] for r in rows), key=lambda p: p[:4] != "ours")
 
 
-def line(axis, names, values, provider):
+def line(axis: Axes, names: Iterable[str], values: Iterable[float], provider: str) -> None:
     """The figures of one provider, ours the thickest."""
     width = 2.5 if provider.startswith("ours") else 1.2
     axis.plot(names, values, marker="o", markersize=4, linewidth=width, label=provider)
 
 
-def plot_packing(json_path, png_path, note=""):
+def plot_packing(json_path: str | Path, png_path: str | Path, note: str = "") -> None:
     """The tokens that one update computes, to scale: in packed rows, and in padded batches of 16.
 
     Each bar is one forward pass, its conversations laid end to end with their padding.
@@ -198,7 +201,7 @@ def plot_packing(json_path, png_path, note=""):
     save(figure, png_path)
 
 
-def segments(results, members, width):
+def segments(results: dict, members: Iterable[int], width: int) -> dict[str, list[tuple[int, int]]]:
     """(first token, tokens) of prompts, trained tokens and padding in one forward pass.
 
     Conversations `members` lie end to end, each padded to `width` tokens.
@@ -215,7 +218,7 @@ def segments(results, members, width):
     return spans
 
 
-def plot_prune(scores_path, png_path, note=""):
+def plot_prune(scores_path: str | Path, png_path: str | Path, note: str = "") -> None:
     """For each source of a FILE.scores.jsonl, how many conversations have which score."""
     sources = {}
     try:
@@ -245,7 +248,7 @@ def plot_prune(scores_path, png_path, note=""):
     save(figure, png_path)
 
 
-def facts(results, subject, note):
+def facts(results: dict, subject: str, note: str) -> str:
     """What was measured, on what, by which commit, and when."""
     timed = "dtype" in results  # else it was counted, and the device does not matter
     where = f"{results['device']}, {results['dtype'].removeprefix('torch.')}" if timed else ""
@@ -254,7 +257,7 @@ def facts(results, subject, note):
     return " · ".join(part for part in parts if part)
 
 
-def save(figure, png_path):
+def save(figure: Figure, png_path: str | Path) -> None:
     """Write the picture: on white, so that it can be read on a dark page, and in 64 colours."""
     figure.savefig(png_path, dpi=160, facecolor="white")
     with Image.open(png_path) as image:
@@ -268,7 +271,7 @@ PLOTS = {
 }  # fmt: skip
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

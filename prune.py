@@ -29,7 +29,7 @@ from program import threads  # noqa: F401, before torch
 import dataclasses
 import hashlib
 import json
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,17 +40,17 @@ import torch.distributed as dist
 from checkpoint.config import read_config
 from checkpoint.weights import find_tensors, load_hf, weights_key
 from data import best_fit_decreasing
-from model import Llama
+from model import Llama, LlamaConfig
 from program.errors import InputError, RunError, amount, reported
-from program.files import hold_file, written_aside
 from program.flags import check_bounds, parse_args
 from program.ranks import leave, start
 from selection import candidates, choose, embeddings, influence, report
 from selection.cost import scoring_flops
-from selection.probe import put_probes
-from selection.queries import make_queries
-from selection.scores import fill, missing, open_scores
+from selection.influence import LessFlags
+from selection.queries import write_queries
+from selection.scores import fill, held, missing, open_scores
 from tokens.documents import Documents, check_micro_tokens
+from tokens.readers import data_files
 from tokens.records import encode_conversation
 from tokens.report import print_lengths
 from tokens.tokenizer import Tokenizer
@@ -63,8 +63,8 @@ LESS_GROUP = 64  # conversations whose scores by less are saved together
 
 
 @dataclass(frozen=True)
-class PruneConfig:
-    """The flags of prune.py; max_seq_len and less's are the papers'."""
+class PruneConfig(LessFlags):
+    """The flags of prune.py; max_seq_len is the papers'."""
 
     model: str | None = None  # Hugging Face folder of the Llama that reads the data
     data: list[str] | None = None  # conversations, as for sft.py
@@ -79,41 +79,40 @@ class PruneConfig:
     micro_tokens: int = 16384  # most tokens in one forward pass of one rank
     seed: int = 42  # of random choices, and of less
     dtype: str | None = None  # bfloat16 or float32 (default: bfloat16 on a GPU)
-    projection: int = 8192  # less: numbers that a gradient is projected to
-    probe_rank: int = 16  # less: rank of the probe whose gradients are taken
-    warmup_share: float = 0.05  # less: share of the data that the probe is trained on first
-    warmup_epochs: int = 4  # less: passes over that share, each of which ends in a checkpoint
-    warmup_lr: float = 2e-5  # less: peak learning rate of the probe
     make_queries: list[str] | None = None  # write the examples of mmlu, gsm8k, bbh, tydiqa to --out
     eval_data: str | None = None  # with it: the folder of the tasks' folders, as for evaluate.py
 
 
-def main(flags):
+def main(flags: dict) -> None:
     rank, _, device = start()
     config = with_defaults(PruneConfig(**flags), device)
     out = Path(config.out)
     if config.make_queries:
-        records = make_queries(config.make_queries, config.eval_data)
         if rank == 0:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(out) as file:
-                file.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-            print(f"{out}: {amount(len(records), 'queries')} of {', '.join(config.make_queries)}")
+            count = write_queries(out, config.make_queries, config.eval_data)
+            print(
+                f"{out}: {count:,} queries, from the examples of {', '.join(config.make_queries)}"
+            )
         return
     model_config, tokenizer = read_config(config.model), Tokenizer(config.model)
     tokenizer.check_fits(model_config.vocab_size)
+    if config.method == "less":
+        config = influence.with_rank(config, model_config)
     documents = documents_of(config.data, config, encode_conversation)
     queries = None
     if config.method in BY_QUERIES:
         queries = documents_of(config.queries, config, candidates.encode_query)
         if queries.skipped:
-            found = amount(queries.skipped, "queries")
-            raise InputError(f"{queries.paths[0]}: {found} without an answer")
+            raise InputError(
+                f"{queries.paths[0]}: queries without an answer in their first "
+                f"{config.max_seq_len} tokens (--max-seq-len): {queries.skipped}, expected none"
+            )
     if rank == 0:
         print(documents.summary())
         sources, ids, original = candidates.describe(documents)
         first = original == np.arange(len(documents))
-        print(f"{amount(int((~first).sum()), 'exact duplicates')} of another conversation")
+        copies = amount(int((~first).sum()), "exact duplicates")
+        print(f"{copies} of another conversation{', left out' * config.drop_duplicates}")
         allowed = first | (not config.drop_duplicates)
         if allowed.sum() < config.keep:
             raise InputError(
@@ -121,8 +120,7 @@ def main(flags):
             )
         others = report.read_choices(config.compare or [], len(documents))
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = hold_file(f"{out}.lock", out)
-    try:
+    with held(out):
         scores = scores_of(config, model_config, documents, queries, device)
         if rank == 0:
             chosen = choice(config, scores, queries, sources, allowed)
@@ -131,18 +129,15 @@ def main(flags):
             candidates.write_scores(scores_path(out), documents, sources, ids, best, query, chosen)
             candidates.write_kept(out, documents, chosen)
             report.print_sources(sources, documents.tokens, chosen)
+            print("of what is kept, ", end="")
             print_lengths(documents.tokens[chosen])
             if config.method in BY_MODEL:
                 report.print_extremes(tokenizer, documents, queries, best, query, allowed)
             report.print_shared(others, chosen)
             print(f"{out}: what is kept; {scores_path(out)}: every score")
-    finally:
-        if rank == 0:
-            os.unlink(lock.name)
-            lock.close()
 
 
-def with_defaults(config, device):
+def with_defaults(config: PruneConfig, device: torch.device) -> PruneConfig:
     """The config with its defaults filled in. Raises `InputError` for a bad value of a flag."""
     check_bounds(config)
     out = Path(config.out or "")
@@ -161,29 +156,33 @@ def with_defaults(config, device):
         expected = ", ".join(choose.SELECTIONS)
         raise InputError(f"--select is {config.select}, expected one of {expected}")
     for path in map(Path, [*config.data, *(config.queries or [])]):
-        if path.resolve() in (out.resolve(), out.resolve().parent):
+        read = {file.resolve() for file in data_files([path])}
+        folders = {file.parent for file in read} if path.is_dir() else set()
+        if {out.resolve(), scores_path(out).resolve()} & read or out.resolve().parent in folders:
             raise InputError(f"--out {out}: among --data or --queries, expected another place")
-    if out.exists() and not scores_path(out).exists():
-        raise InputError(f"--out {out}: exists, and is not prune.py's, expected a new file")
+    report.check_ours(out, scores_path(out))
     dtype = config.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     return dataclasses.replace(config, dtype=dtype)
 
 
-def documents_of(paths, config, encode):
+def documents_of(paths: list[str], config: PruneConfig, encode: Callable) -> Documents:
     documents = Documents(paths, config.model, config.max_seq_len, encode, Path(config.out).parent)
     check_micro_tokens(documents, config.micro_tokens)
     return documents
 
 
-def scores_path(out):
+def scores_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.scores.jsonl")
 
 
-def choice(config, scores, queries, sources, allowed):
+def choice(config: PruneConfig, scores: np.ndarray, queries: Documents | None, sources: list[str],
+           allowed: np.ndarray) -> np.ndarray:  # fmt: skip
     """The candidates to keep, in the order of the data."""
     if config.method in BY_QUERIES:
         tasks = candidates.tasks_of(queries)
         select = config.select or ("tasks" if len(set(tasks)) > 1 else "queries")
+        number = amount(len(set(tasks)), "tasks")
+        print(f"what is kept serves {len(tasks)} queries of {number} by --select {select}")
         mean = config.method == "less"
         chosen = choose.by_queries(scores, tasks, allowed, config.keep, select, mean)
     elif config.method == "balanced":
@@ -199,7 +198,8 @@ def choice(config, scores, queries, sources, allowed):
 # ---- Scores
 
 
-def scores_of(config, model_config, documents, queries, device):
+def scores_of(config: PruneConfig, model_config: LlamaConfig, documents: Documents,
+              queries: Documents | None, device: torch.device) -> np.ndarray:  # fmt: skip
     """Scores (queries, candidates) fp32 by the method; one row where there are no queries.
 
     What a model computes is kept in a folder beside --out, whose name has a hash of all that it
@@ -213,27 +213,27 @@ def scores_of(config, model_config, documents, queries, device):
         model = Llama(model_config).to(getattr(torch, config.dtype))
     find_tensors(model, config.model)
     folder = scores_folder(config, documents, queries, device)
-    scores = open_scores(folder / "scores", (len(queries) if queries else 1, len(documents)))
-    unfinished = missing(scores).any()
-    dist.barrier()
-    if unfinished:
-        trained = documents.trained_counts.sum()
-        flops = scoring_flops(model_config, config.method, documents.lengths[:, 0], trained, config)
-        if dist.get_rank() == 0:
-            print(f"{config.method}: {flops:.1e} FLOP for all conversations")
-        model.to_empty(device=device)
-        load_hf(model, config.model)
-        compute = less if config.method == "less" else score_rows
-        compute(scores, model, documents, queries, config, folder, device)
+    with held(folder):  # by runs to another --out, too
+        scores = open_scores(folder / "scores", (len(queries) if queries else 1, len(documents)))
+        unfinished = missing(scores).any()
+        dist.barrier()
+        if unfinished:
+            lengths, trained = documents.lengths[:, 0], documents.trained_counts.sum()
+            flops = scoring_flops(model_config, config.method, lengths, trained, config)
+            if dist.get_rank() == 0:
+                print(f"{config.method}: {flops:.1e} FLOP for all conversations")
+            compute = less if config.method == "less" else score_rows
+            compute(scores, model, documents, queries, config, folder, device)
     if bad := np.flatnonzero(missing(scores)).tolist():
         raise RunError(f"no finite score for {', '.join(documents.names(bad[:5]))}")
     return scores
 
 
-def scores_folder(config, documents, queries, device):
+def scores_folder(config: PruneConfig, documents: Documents, queries: Documents | None,
+                  device: torch.device) -> Path:  # fmt: skip
     names = ["method", "max_seq_len", "dtype"]
     if config.method == "less":
-        names += ["seed", "projection", "probe_rank", "warmup_share", "warmup_epochs", "warmup_lr"]
+        names += ["seed", *(field.name for field in dataclasses.fields(LessFlags))]
     facts = {name: getattr(config, name) for name in names} | {"format": FORMAT}
     facts |= {"weights": weights_key(config.model), "device": device.type, "data": documents.key}
     facts |= {"queries": queries.key if queries else None}
@@ -241,8 +241,16 @@ def scores_folder(config, documents, queries, device):
     return Path(config.out).parent / f"scores-{config.method}-{key}"
 
 
-def score_rows(scores, model, documents, queries, config, folder, device):
+def load(model: Llama, config: PruneConfig, device: torch.device) -> None:
+    """Give a model that is on the meta device its memory and weights."""
+    model.to_empty(device=device)
+    load_hf(model, config.model)
+
+
+def score_rows(scores: np.ndarray, model: Llama, documents: Documents, queries: Documents | None,
+               config: PruneConfig, folder: Path, device: torch.device) -> None:  # fmt: skip
     """Fill scores by one forward pass of packed rows: rds, perplexity and ifd."""
+    load(model, config, device)
     longest_first = np.argsort(-documents.tokens, kind="stable").tolist()
     rows = best_fit_decreasing(documents.tokens, longest_first, config.micro_tokens)
     if config.method == "rds":
@@ -261,16 +269,18 @@ def score_rows(scores, model, documents, queries, config, folder, device):
     fill(scores, rows, documents.tokens, score, config.method)
 
 
-def less(scores, model, documents, queries, config, folder, device):
+def less(scores: np.ndarray, model: Llama, documents: Documents, queries: Documents,
+         config: PruneConfig, folder: Path, device: torch.device) -> None:  # fmt: skip
     """Fill scores by (2) of selection/influence.py, checkpoint after checkpoint."""
-    parameters = put_probes(model, config.probe_rank, config.seed)
-    influence.warm_up(model, parameters, documents, config, folder, device)
+    dropout = influence.put_adapters(model, config)
+    load(model, config, device)
+    influence.warm_up(model, dropout, documents, config, folder, device)
     longest_first = np.argsort(-documents.tokens, kind="stable").tolist()
     groups = [longest_first[k : k + LESS_GROUP] for k in range(0, len(longest_first), LESS_GROUP)]
     rates, parts = [], []
     for number, path in enumerate(influence.checkpoints(folder, config), 1):
         parts.append(open_scores(folder / f"scores-{number}", scores.shape))
-        rate, score = influence.scorer(model, parameters, queries, config, path, device)
+        rate, score = influence.scorer(model, queries, config, path, device)
         rates.append(rate)
         what = f"less, checkpoint {number} of {config.warmup_epochs}"
         fill(parts[-1], groups, documents.tokens,

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from checkpoint.resume import resume_run
 from checkpoint.run_folder import append_record
@@ -29,6 +30,7 @@ from program.flags import parse_args
 from program.progress import progress_bar
 from program.ranks import leave, start, sum_over_ranks
 from program.signals import watch_signals
+from tokens.documents import Documents
 from tokens.records import encode_conversation
 from training import update
 from training.flags import LESS_MEMORY, DataFlags, LoRAFlags, OutputFlags, RunFlags
@@ -58,13 +60,13 @@ class SFTConfig(RunFlags, DataFlags, OutputFlags, LoRAFlags):
     seed: int = 42  # of the order of the data
 
 
-def held_out_loss(logps, documents):
+def held_out_loss(logps: Tensor, documents: Documents) -> dict[str, float]:
     """What is logged of held-out conversations, from their answers' log-probabilities (n, 1)."""
     loss = -logps.sum().item() / documents.trained_counts.sum()
     return {"loss": loss, "perplexity": math.exp(min(loss, 700))}  # at most what a float holds
 
 
-def main(flags):
+def main(flags: dict) -> None:
     rank, world, device = start()
     run = open_run(SFTConfig(**flags), device, encode_conversation)
     config, documents, model = run.config, run.documents, run.model
@@ -80,7 +82,7 @@ def main(flags):
     signals, stop = watch_signals(), False  # a signal is noted there, and obeyed after the update
     bar = progress_bar(total=run.last, initial=first, unit="update", disable=rank > 0)
     for step in range(first, run.last + 1):
-        # Due after `step` updates, also where a stopped run goes on: held-out loss, saving, export.
+        # What is due after `step` updates, also just after a resume: held-out loss, saving, export.
         logps = held_out_logps(run, config, step, signals, device)
         if logps is not None:
             log_held_out(run, step, held_out_loss(logps, run.held_out), bar)
@@ -122,7 +124,7 @@ def main(flags):
         seconds = time.perf_counter() - started
         record = {"step": step + 1, "epoch": epoch + 1, "loss": loss}
         record |= {"lr": lr, "grad_norm": grad_norm}
-        record |= update.measurements(model.config, documents, members, seconds, device, world)
+        record |= update.measurements(run, members, seconds, device, world)
         bar.set_postfix_str(update.bar_text(record), refresh=False)
         bar.update()
         if rank == 0:

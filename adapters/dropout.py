@@ -12,8 +12,10 @@ theirs. A pair's two answers in DPO have draws of their own.)
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
 FACTOR = -7046029254386353131  # 2⁶⁴ divided by the golden ratio, as a signed number
 
@@ -21,17 +23,20 @@ FACTOR = -7046029254386353131  # 2⁶⁴ divided by the golden ratio, as a signe
 class Dropout:
     """What all adapters of a model share: the draws of the row that is in work."""
 
-    def __init__(self, share, seed):
+    def __init__(self, share: float, seed: int) -> None:
         self.share, self.seed = share, seed
         self.update = 0  # set by the loop
         self.token_keys = None  # a_t (T,) int32 of the row in work
 
-    def listen(self, decoder):
+    def listen(self, decoder: nn.Module) -> None:
         """Make a `Decoder` give out its tokens before each forward pass."""
         if self.share:
             decoder.forward = functools.partial(self.begin_row, decoder.forward)
 
-    def begin_row(self, forward, input_ids, positions, attends):
+    def begin_row(
+        self, forward: Callable, input_ids: torch.Tensor, positions: torch.Tensor,
+        attends: list[Callable],
+    ) -> torch.Tensor:  # fmt: skip
         """The decoder's forward pass, with a_t made first."""
         if torch.is_grad_enabled():
             rows = torch.arange(len(positions), device=positions.device)
@@ -43,11 +48,11 @@ class Dropout:
             self.token_keys = odd(keys)
         return forward(input_ids, positions, attends)
 
-    def feature_keys(self, number, features):
+    def feature_keys(self, number: int, features: int) -> torch.Tensor:
         """b_mk (features,) int32 of adapter m = `number`."""
         return odd(mixed(mixed(torch.tensor(number)) + torch.arange(features)))
 
-    def drop(self, x, feature_keys):
+    def drop(self, x: torch.Tensor, feature_keys: torch.Tensor) -> torch.Tensor:
         """x (T, K) with a share of its elements zero and the others scaled up by what is missing.
 
         Only where gradients are recorded: not in an evaluation, and not for DPO's reference.
@@ -59,7 +64,7 @@ class Dropout:
         return x.masked_fill(dropped, 0.0) * (1 / (1 - self.share))
 
 
-def mixed(x):
+def mixed(x: torch.Tensor) -> torch.Tensor:
     """A hash of int64 numbers, each on its own: multiplied, folded onto itself, and again."""
     for _ in range(2):
         x = x * FACTOR
@@ -67,6 +72,6 @@ def mixed(x):
     return x * FACTOR
 
 
-def odd(x):
+def odd(x: torch.Tensor) -> torch.Tensor:
     """The high half of int64 numbers, made odd, as int32."""
     return (x >> 32).int() | 1

@@ -12,6 +12,7 @@ from program import threads  # noqa: F401, before torch
 
 # isort: split
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class MergeConfig:
     quantize: str | None = None  # the base's weights, nf4 or none (default: as it was trained on)
 
 
-def merge(config):
+def merge(config: MergeConfig) -> None:
     """Write the merged model. Raises `InputError` before anything is written."""
     for name in ("model", "adapter", "out"):
         if getattr(config, name) is None:
@@ -76,7 +77,7 @@ def merge(config):
     print(f"{out}: {source}{decoded}, with {len(pairs)} adapted weights of {config.adapter}")
 
 
-def check_base(source, adapter, metadata):
+def check_base(source: Path, adapter: str | Path, metadata: dict) -> None:
     """Raise `InputError` where an adapter of ours names another base than `source`."""
     key = weights_key(source)
     if metadata.get(KEY, key) != key:
@@ -87,7 +88,10 @@ def check_base(source, adapter, metadata):
 
 
 @torch.no_grad()
-def merged_weights(files, shapes, scale, pairs, quantize):
+def merged_weights(
+    files: dict[str, Path], shapes: dict[str, tuple], scale: float, pairs: dict[str, tuple],
+    quantize: bool,
+) -> Iterator[torch.Tensor]:  # fmt: skip
     """Each weight in bf16, in the order of `shapes`. Raises `InputError` if one is not finite.
 
     files: of `find_tensors`; scale, pairs: of `read_adapter`; quantize: projections are those that

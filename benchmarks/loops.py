@@ -117,7 +117,7 @@ def pad(sequences):
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def padded_flops(config, lengths, rows):
+def padded_flops(config, lengths, rows, lora_rank=0):
     """FLOPs of forward and backward over padded batches, as transformers computes them.
 
     Like `model_flops`, but of every position of the padded rectangle, with the head at each, and
@@ -128,7 +128,8 @@ def padded_flops(config, lengths, rows):
         batch = lengths[i : i + rows]
         n = int(max(batch))
         upper = 6 * n * n * config.num_attention_heads * config.head_dim
-        flops += len(batch) * (model_flops(config, [n], n) + config.num_hidden_layers * upper)
+        whole = model_flops(config, [n], n, lora_rank=lora_rank)
+        flops += len(batch) * (whole + config.num_hidden_layers * upper)
     return flops
 
 

@@ -77,7 +77,7 @@ def main(arguments):
         updates = loops.run_in_turns(sft, flags, others)
         shape = read_config(folder)
         peaks = {name: peak_of(name, flags) for name in ("nothing", "ours", *names)}
-    flops = functools.partial(loop_flops, shape)
+    flops = functools.partial(loop_flops, shape, config.lora_rank)
     figures = loops.figures(updates, documents, flops, "trained_tokens", warm_up=1)
     loops.show(figures, "trained_tokens")
     mib = {name: round(peak - peaks["nothing"]) for name, peak in peaks.items()}
@@ -205,12 +205,9 @@ def send_peak(name, flags, sender):
     sender.send(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
-def loop_flops(shape, name, lengths, trained):
-    """FLOPs of the loop of that name in an update of documents of these lengths.
-
-    A frozen weight has two products instead of three. (The adapters' own, and that attention has
-    all of its, are left out: some hundredths.)
-    """
+def loop_flops(shape, lora_rank, name, lengths, trained, shared):
+    """FLOPs of the loop of that name in an update of documents of these lengths."""
     if name.startswith("transformers"):
-        return loops.padded_flops(shape, lengths, PADDED) * 2 / 3
-    return model_flops(shape, lengths, trained) * (1 if name == "full training" else 2 / 3)
+        return loops.padded_flops(shape, lengths, PADDED, lora_rank)
+    rank = 0 if name == "full training" else lora_rank
+    return model_flops(shape, lengths, trained, shared, rank)

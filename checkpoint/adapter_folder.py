@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from program.errors import InputError, amount
@@ -30,10 +31,16 @@ IMPLEMENTED = {
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False,),
+    "use_bdlora": (None,),
+    "kasa_config": (None,),
+    # The others start from a base with something taken off its weights, and belong to that base.
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
-def adapter_tensors(model):
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """`{PEFT's name: tensor}` of the adapters in a model, fp32, on CPU; empty where there are none.
 
     Every rank calls it, and gets all of them.
@@ -47,7 +54,9 @@ def adapter_tensors(model):
     return tensors
 
 
-def write_adapter(tensors, model, source, key, folder):
+def write_adapter(
+    tensors: dict[str, Tensor], model: nn.Module, source: str | Path, key: str, folder: Path
+) -> None:
     """Write `adapter_tensors` of a model as PEFT's folder `folder`.
 
     source: the folder of the base; key: the hash of its weights, of which `merge` asks the same.
@@ -76,7 +85,9 @@ def write_adapter(tensors, model, source, key, folder):
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def read_adapter(folder, shapes):
+def read_adapter(
+    folder: str | Path, shapes: dict[str, tuple]
+) -> tuple[float, dict[str, tuple], dict]:
     """Scale, `{name of a weight: (A, B)}` and metadata of an adapter's folder, ours or PEFT's.
 
     shapes: `{name: shape}` of the base's weights. A (R, K) and B (N, R) are fp32. Raises
@@ -121,7 +132,9 @@ def read_adapter(folder, shapes):
     return scale, pairs, metadata
 
 
-def check_pair(path, weight, A, B, rank, shapes):
+def check_pair(
+    path: Path, weight: str, A: Tensor, B: Tensor | None, rank: int, shapes: dict[str, tuple]
+) -> None:
     """Raise `InputError` unless A and B are an adapter of one of the base's weights."""
     found = tuple(A.shape), None if B is None else tuple(B.shape)
     if weight not in shapes or len(shapes[weight]) != 2:

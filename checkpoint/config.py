@@ -15,7 +15,7 @@ from program.errors import InputError
 from program.files import read_object
 
 
-def read_config(folder, quantized=False):
+def read_config(folder: str | Path, quantized: bool = False) -> LlamaConfig:
     """The `LlamaConfig` of a Hugging Face folder.
 
     quantized: weights in bitsandbytes' NF4 are taken, too. Raises `InputError` for a field that is
@@ -38,7 +38,7 @@ def read_config(folder, quantized=False):
     return config
 
 
-def config_from_dict(values, path="config.json"):
+def config_from_dict(values: dict, path: str | Path = "config.json") -> LlamaConfig:
     """Check the fields of a config.json; `path` is named in errors.
 
     What transformers 5 refuses is refused, too, since the saved model carries these fields.
@@ -84,7 +84,7 @@ def config_from_dict(values, path="config.json"):
     return config
 
 
-def rope_theta(values, path):
+def rope_theta(values: dict, path: str | Path) -> float:
     """The base of the rotary angles, read from where transformers 5 reads it.
 
     That is rope_scaling (which older versions wrote), else rope_parameters; and where neither has
@@ -124,7 +124,7 @@ MAY_BE_NULL = {
 }
 
 
-def refuse_what_is_not_implemented(values, path):
+def refuse_what_is_not_implemented(values: dict, path: str | Path) -> None:
     """Raise `InputError` for a config with which this model would silently get wrong results."""
     for name, default, implemented in (
         ("model_type", None, ("llama",)),

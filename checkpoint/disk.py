@@ -10,16 +10,17 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from program.errors import InputError, one_line
 
 
-def checkpoint_bytes(model):
+def checkpoint_bytes(model: nn.Module) -> int:
     """Bytes of one resumable checkpoint of `model`: of what is trained."""
     return 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def model_bytes(model):
+def model_bytes(model: nn.Module) -> int:
     """Bytes of `model` as `save_hf` writes it, with its adapters beside it, if it has any."""
     size = 0
     for name, parameter in model.named_parameters():
@@ -30,7 +31,7 @@ def model_bytes(model):
     return size
 
 
-def check_space(folder, model, checkpoints, exports=0):
+def check_space(folder: str | Path, model: nn.Module, checkpoints: int, exports: int = 0) -> None:
     """Raise `InputError` unless the disk takes the model, `checkpoints` and `exports` at once.
 
     exports: how many models on the way.
@@ -54,7 +55,7 @@ def check_space(folder, model, checkpoints, exports=0):
         )
 
 
-def folder_bytes(folder):
+def folder_bytes(folder: str | Path) -> int:
     """Bytes of all files in `folder`, 0 where there is no such folder.
 
     A run that is still writing there may take some away meanwhile.
@@ -67,11 +68,13 @@ def folder_bytes(folder):
     return size
 
 
-def gigabytes(size):
+def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.{1 if size >= 1e10 else 3}f} GB"
 
 
-def explained(error, folder, needed=0, advice=""):
+def explained(
+    error: BaseException, folder: str | Path, needed: int = 0, advice: str = ""
+) -> OSError:
     """The plain reason of an error of the disk or of torch.distributed.checkpoint, as an `OSError`.
 
     The latter gathers its ranks' exceptions and shows their tracebacks; of a refused write its

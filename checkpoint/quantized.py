@@ -7,6 +7,7 @@ column of bytes, and beside it `….weight.absmax`, `.quant_map`, `.nested_absma
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -18,7 +19,7 @@ STATE = ".quant_state.bitsandbytes__nf4"
 BESIDE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)
 
 
-def check_quantization(values, path):
+def check_quantization(values: dict, path: Path) -> None:
     """Take `quantization_config` out of a config.json's fields if it is one that is read here.
 
     Raises `InputError` for another kind of quantisation.
@@ -36,12 +37,12 @@ def check_quantization(values, path):
             )
 
 
-def is_quantized(files, name):
+def is_quantized(files: dict[str, Path], name: str) -> bool:
     """Whether a tensor is stored in NF4; files: `{name: file}` of all tensors of the folder."""
     return name + STATE in files
 
 
-def check_nf4(files, name, shape):
+def check_nf4(files: dict[str, Path], name: str, shape: tuple[int, int]) -> None:
     """Raise `InputError` unless a weight (N, K) = shape is stored in NF4 as it is read here.
 
     files: `{name: file}` of all tensors of the folder. The codes and scales are not read.
@@ -49,10 +50,7 @@ def check_nf4(files, name, shape):
     missing = [name + suffix for suffix in BESIDE if name + suffix not in files]
     if missing:
         raise InputError(f"{files[name]}: {name} is quantised, but {missing[0]} is missing")
-    try:
-        state = json.loads(bytes(read(files, name + STATE).tolist()))
-    except ValueError:
-        state = {}
+    state = read_state(files, name)
     expected = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "shape": list(shape)}
     expected |= {"nested_blocksize": nf4.NESTED_BLOCK}
     for field, value in expected.items():
@@ -61,28 +59,50 @@ def check_nf4(files, name, shape):
                 f"{files[name]}: {name}{STATE} has {field} {state.get(field)!r:.60}, "
                 f"expected {value}"
             )
+    offset = state.get("nested_offset")
+    if type(offset) not in (int, float) or not math.isfinite(offset):
+        raise InputError(
+            f"{files[name]}: {name}{STATE} has nested_offset {offset!r:.60}, expected a number"
+        )
     N, K = shape
     blocks = N * K // nf4.BLOCK
-    sizes = {"": N * K // 2, ".absmax": blocks, ".nested_absmax": -(-blocks // nf4.NESTED_BLOCK)}
-    for suffix, size in sizes.items():
+    nested = -(-blocks // nf4.NESTED_BLOCK)
+    stored = {"": (N * K // 2, "U8"), ".absmax": (blocks, "U8"), ".nested_absmax": (nested, "F32")}
+    for suffix, (size, dtype) in stored.items():
         with safe_open(files[name + suffix], "pt") as file:
-            found = file.get_slice(name + suffix).get_shape()
-        if math.prod(found) != size:
-            raise InputError(f"{files[name]}: {name}{suffix} is {found}, expected {size} numbers")
+            tensor = file.get_slice(name + suffix)
+            found, kind = tensor.get_shape(), tensor.get_dtype()
+        if math.prod(found) != size or kind != dtype:
+            raise InputError(
+                f"{files[name]}: {name}{suffix} is {found} of {kind}, expected {size} numbers of "
+                f"{dtype}"
+            )
+    if not read(files, name + ".nested_absmax").isfinite().all():
+        raise InputError(f"{files[name]}: {name}.nested_absmax holds values that are not finite")
     for suffix, levels in ((".quant_map", nf4.LEVELS), (".nested_quant_map", nf4.scale_levels())):
         if read(files, name + suffix).tolist() != torch.tensor(levels).tolist():
             raise InputError(f"{files[name]}: {name}{suffix} has other levels than NF4's")
 
 
-def read_nf4(files, name, shape):
+def read_nf4(files: dict[str, Path], name: str, shape: tuple[int, int]) -> nf4.NF4:
     """The `NF4` of a weight (N, K) = shape that `check_nf4` has passed."""
     N, K = shape
-    codes = read(files, name).view(torch.uint8).view(N, K // 2)
-    offset = json.loads(bytes(read(files, name + STATE).tolist()))["nested_offset"]
-    absmax, nested = read(files, name + ".absmax"), read(files, name + ".nested_absmax")
-    return nf4.NF4(codes, absmax, nested, torch.tensor(offset))
+    absmax, nested = (
+        read(files, name + suffix).flatten() for suffix in (".absmax", ".nested_absmax")
+    )
+    offset = torch.tensor(read_state(files, name)["nested_offset"], dtype=torch.float32)
+    return nf4.NF4(read(files, name).view(N, K // 2), absmax, nested, offset)
 
 
-def read(files, name):
+def read_state(files: dict[str, Path], name: str) -> dict:
+    """The JSON object beside a quantised weight; {} where it is none."""
+    try:
+        state = json.loads(bytes(read(files, name + STATE).flatten().tolist()))
+    except (ValueError, TypeError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+def read(files: dict[str, Path], name: str) -> torch.Tensor:
     with safe_open(files[name], "pt") as file:
         return file.get_tensor(name)

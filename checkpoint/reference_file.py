@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 
+from model import Llama
 from program.errors import RunError, one_line
 from program.files import written_aside
+from tokens.documents import Documents
 
 
-def reference_files(model, documents, config, weights):
+def reference_files(model: Llama, documents: Documents, config, weights: str) -> list[Path]:
     """Where the reference may be kept, under a hash of all that decides it."""
     shape = dataclasses.asdict(model.config)
     # Rounding depends on the layout of a row, so it is a fact, too.
@@ -28,7 +30,7 @@ def reference_files(model, documents, config, weights):
     return [documents.paths[0].parent / name, Path(config.out) / name]
 
 
-def read_reference(paths, unknown):
+def read_reference(paths: list[Path], unknown: torch.Tensor) -> torch.Tensor:
     """The reference kept in the first of `paths` that is there; `unknown` where none is whole."""
     for path in paths:
         with contextlib.suppress(OSError):  # most often: no such file
@@ -39,7 +41,7 @@ def read_reference(paths, unknown):
     return unknown
 
 
-def write_reference(paths, logps):
+def write_reference(paths: list[Path], logps: torch.Tensor) -> None:
     """Write a SHA-256 and the numbers to the first of `paths` that takes them."""
     content = logps.numpy().tobytes()
     for path in paths:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn, optim
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -29,7 +30,10 @@ from program.ranks import gather_lists, own_share, raise_together
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
-def save_run(folder, step, model, optimizer, keep, facts):
+def save_run(
+    folder: str | Path, step: int, model: nn.Module, optimizer: optim.Optimizer, keep: int,
+    facts: dict,
+) -> None:  # fmt: skip
     """Save the state after `step` updates as `folder/checkpoints/step-…`. Every rank calls it.
 
     The `keep` newest checkpoints stay. facts: the run's (see `open_run`), for the manifest. Raises
@@ -74,14 +78,14 @@ def save_run(folder, step, model, optimizer, keep, facts):
     raise_together(failure, f"{place}: the checkpoint could not be saved")
 
 
-def drop_older(folder, place, keep):
+def drop_older(folder: str | Path, place: Path, keep: int) -> None:
     """Remove the checkpoints before `place` that are not among the `keep` newest."""
     newest_first = saved_runs(folder)
     for old in newest_first[newest_first.index(place) + keep :]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_checkpoints(folder, but_newest=False):
+def remove_checkpoints(folder: str | Path, but_newest: bool = False) -> None:
     """Remove a run's resumable state, or all but the newest; what else stands there stays."""
     checkpoints = Path(folder) / "checkpoints"
     for place in [*saved_runs(folder)[but_newest:], checkpoints / "partial"]:
@@ -90,7 +94,7 @@ def remove_checkpoints(folder, but_newest=False):
         checkpoints.rmdir()
 
 
-def resume_run(folder, model, optimizer, keep):
+def resume_run(folder: str | Path, model: nn.Module, optimizer: optim.Optimizer, keep: int) -> int:
     """Load the newest checkpoint that is whole. Returns its number of updates, 0 if there is none.
 
     A damaged checkpoint is named in a warning, and the one before it is tried. Older ones than the
@@ -128,13 +132,13 @@ def resume_run(folder, model, optimizer, keep):
     return 0
 
 
-def saved_runs(folder):
+def saved_runs(folder: str | Path) -> list[Path]:
     """The checkpoints of a run, newest first; from update 1,000,000 on names are longer."""
     places = (Path(folder) / "checkpoints").glob("step-*")
     return sorted(places, key=lambda place: (len(place.name), place.name), reverse=True)
 
 
-def recorded_facts(folder, unknown):
+def recorded_facts(folder: str | Path, unknown: object) -> list[tuple]:
     """`[(place, facts)]` of the checkpoints in `folder`, of all whose manifest can be read.
 
     A manifest from before it held the facts has those of `unknown`.
@@ -146,7 +150,7 @@ def recorded_facts(folder, unknown):
     return runs
 
 
-def damage(place):
+def damage(place: Path) -> str | None:
     """What is wrong with a checkpoint, or None. Every rank calls it and checks its share."""
     problems = []
     try:

@@ -9,7 +9,10 @@ import json
 import math
 import operator
 import os
+from collections.abc import Iterator
 from pathlib import Path
+
+from torch import nn
 
 from checkpoint.disk import check_space
 from checkpoint.resume import recorded_facts
@@ -17,7 +20,10 @@ from program.errors import InputError, RunError, amount
 from program.files import hold, hold_file, written_aside
 
 
-def check_output(folder, facts, model, checkpoints=1, exports=0, last=math.inf):
+def check_output(
+    folder: str | Path, facts: dict, model: nn.Module, checkpoints: int = 1, exports: int = 0,
+    last: float = math.inf,
+) -> None:  # fmt: skip
     """Raise `InputError` unless this run may write to `folder`. Nothing is written here.
 
     The folder must be new or hold a run with the same `facts` (see `open_run`) that was
@@ -57,7 +63,7 @@ OVERWRITTEN = (
 )
 
 
-def check_same_run(folder, facts, last=math.inf):
+def check_same_run(folder: Path, facts: dict, last: float = math.inf) -> None:
     """Raise `InputError` if `folder` holds a finished run, a model, or a run with other facts.
 
     Both the log and the checkpoints say what run is theirs; a checkpoint from before they did is
@@ -106,13 +112,13 @@ def check_same_run(folder, facts, last=math.inf):
         )
 
 
-def exported_models(folder):
+def exported_models(folder: str | Path) -> list[Path]:
     """The models that --export-every wrote into the output folder, oldest first."""
     places = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(places, key=lambda place: (len(place.name), place.name))
 
 
-def lock_output(folder, patience=15):
+def lock_output(folder: str | Path, patience: float = 15) -> contextlib.ExitStack:
     """Make `folder` and lock out other runs until this process ends. Returns the lock.
 
     patience: seconds to wait for a run that was just killed. The lock is the folder's own. But NFS
@@ -134,13 +140,13 @@ def lock_output(folder, patience=15):
     return lock
 
 
-def unlock_output(folder, lock):
+def unlock_output(folder: str | Path, lock: contextlib.ExitStack) -> None:
     """Let other runs write to `folder`."""
     (Path(folder) / ".lock").unlink(missing_ok=True)
     lock.close()
 
 
-def start_records(path, steps, record):
+def start_records(path: Path, steps: int, record: dict) -> None:
     """Begin metrics.jsonl with the start record, or continue it after update number `steps`.
 
     Records of what came later are dropped: a resumed run makes them again. So it does with the
@@ -155,14 +161,14 @@ def start_records(path, steps, record):
         file.writelines(json.dumps(r) + "\n" for r in [*kept, record])
 
 
-def append_record(path, record):
+def append_record(path: Path, record: dict) -> None:
     """Add one line to metrics.jsonl."""
     with log_errors(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 @contextlib.contextmanager
-def log_errors(path):
+def log_errors(path: Path) -> Iterator[None]:
     """Turn an error of the disk into a `RunError` that names the log."""
     try:
         yield
@@ -170,7 +176,7 @@ def log_errors(path):
         raise RunError(f"{path}: the log could not be written ({error.strerror})") from None
 
 
-def read_records(path):
+def read_records(path: Path) -> list[dict]:
     """The records of a metrics.jsonl, up to a line that a kill cut short or a disk damaged."""
     records = []
     for line in path.read_bytes().split(b"\n"):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,18 +27,19 @@ from checkpoint.config import read_config
 from checkpoint.disk import explained, model_bytes
 from checkpoint.quantized import BESIDE, check_nf4, is_quantized, read_nf4
 from checkpoint.resume import saved_runs
-from model import Llama
+from model import Llama, LlamaConfig
 from program.errors import InputError
 from program.files import digest, fsync
 from program.ranks import gather_lists, own_share, raise_together
 from tokens.for_transformers import pad_token, save_tokenizer
+from tokens.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000  # of one safetensors file, as transformers 4 cut them
 FLOATS = ("F32", "F16", "BF16")
 SHARDS = -1  # the dimension of the mesh over which rows are given out; replicas are one before
 
 
-def find_tensors(model, folder, quantized=False):
+def find_tensors(model: Llama, folder: str | Path, quantized: bool = False) -> dict[str, Path]:
     """`{tensor name: file}` of an HF folder, after a check of all names, shapes and dtypes.
 
     Only headers are read. Raises `InputError` with the missing, unexpected and misshapen tensors.
@@ -52,7 +54,7 @@ def find_tensors(model, folder, quantized=False):
                     tensor = file.get_slice(name)
                     shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
                     files[name] = path
-                    if quantized and name.endswith("_proj.weight") and dtype == "U8":
+                    if quantized and dtype == "U8" and name in expected and "_proj." in name:
                         in_nf4 |= {name + suffix: name for suffix in ("", *BESIDE)}
                         continue
                     if name in expected and shape != expected[name]:
@@ -87,13 +89,13 @@ def find_tensors(model, folder, quantized=False):
     return {name: path for name, path in files.items() if name in expected or name in in_nf4}
 
 
-def plain_shapes(config):
+def plain_shapes(config: LlamaConfig) -> dict[str, tuple]:
     """`{name: shape}` of the tensors of an HF folder, in the model's order."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in Llama(config).named_parameters()}
 
 
-def same_tensors(files, *names):
+def same_tensors(files: dict[str, Path], *names: str) -> bool:
     """Whether two tensors hold the same values; a few rows of each are in memory."""
     with safe_open(files[names[0]], "pt") as one, safe_open(files[names[1]], "pt") as other:
         first, second = one.get_slice(names[0]), other.get_slice(names[1])
@@ -105,7 +107,7 @@ def same_tensors(files, *names):
         )
 
 
-def weight_files(folder):
+def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of an HF folder: one, or the shards that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -128,14 +130,14 @@ def weight_files(folder):
     return paths
 
 
-def weights_key(folder):
+def weights_key(folder: str | Path) -> str:
     """Hash of the weight files of an HF folder. Every rank calls it and reads its share."""
     digests = {path.name: digest(path) for path in own_share(weight_files(Path(folder)))}
     facts = json.dumps(sorted(gather_lists(list(digests.items()))))
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
-def load_hf(model, folder):
+def load_hf(model: Llama, folder: str | Path) -> None:
     """Fill `model`, sharded or not, with the weights of an HF folder.
 
     Each rank reads its own rows of each tensor and nothing else. The file is opened again for each
@@ -161,7 +163,7 @@ def load_hf(model, folder):
         raise InputError(problem)
 
 
-def local_rows(tensor):
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """This rank's rows of a tensor and the index of the first: FSDP2 gives out equal chunks."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
@@ -170,7 +172,8 @@ def local_rows(tensor):
     return tensor.to_local(), min(chunk * mesh.get_local_rank(SHARDS), tensor.shape[0])
 
 
-def save_hf(model, tokenizer, source, folder, longest=0):
+def save_hf(model: Llama, tokenizer: Tokenizer, source: str | Path, folder: str | Path,
+            longest: int = 0) -> None:  # fmt: skip
     """Write the model as an HF folder in bf16. Every rank calls it; rank 0 writes.
 
     source: the HF folder that training started from, whose config.json is carried over. longest:
@@ -200,7 +203,7 @@ def save_hf(model, tokenizer, source, folder, longest=0):
     raise_together(failure, f"{folder}: the model could not be saved")
 
 
-def save_adapter(model, source, folder):
+def save_adapter(model: Llama, source: str | Path, folder: Path) -> None:
     """Write the model's adapters alone, as PEFT's folder `folder`. Every rank calls it.
 
     source: as in `save_hf`. Raises `RunError` on all ranks if the disk refuses.
@@ -214,7 +217,8 @@ def save_adapter(model, source, folder):
     raise_together(failure, f"{folder}: the adapter could not be saved")
 
 
-def write_folder(shapes, blocks, tokenizer, source, partial, folder, longest=0):
+def write_folder(shapes: dict[str, tuple], blocks: Iterator[torch.Tensor], tokenizer: Tokenizer,
+                 source: Path, partial: Path, folder: Path, longest: int = 0) -> None:  # fmt: skip
     """Write an HF folder in `partial`, of bf16 blocks as `write_tensors` takes them, and move all
     that is in `partial` to `folder`."""
     write_tensors(shapes, blocks, partial)
@@ -228,7 +232,7 @@ def write_folder(shapes, blocks, tokenizer, source, partial, folder, longest=0):
     fsync(folder)
 
 
-def write_tensors(shapes, blocks, folder):
+def write_tensors(shapes: dict[str, tuple], blocks: Iterator[torch.Tensor], folder: Path) -> None:
     """Stream bf16 blocks of rows, in the order of `shapes`, into safetensors files and an index.
 
     The safetensors library needs all tensors of a file at once. The format is simple: the length
@@ -266,7 +270,7 @@ def write_tensors(shapes, blocks, folder):
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def blocks_bf16(model, name, shape):
+def blocks_bf16(model: Llama, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
     """The rows of a weight in bf16, rank after rank; every rank gets all of them."""
     module, parameter = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name)
     local, first = local_rows(parameter.detach())
@@ -288,7 +292,7 @@ def blocks_bf16(model, name, shape):
         yield block
 
 
-def write_configs(tokenizer, source, folder, longest=0):
+def write_configs(tokenizer: Tokenizer, source: Path, folder: Path, longest: int = 0) -> None:
     """config.json (the base's, in bf16) and generation_config.json (stop at EOS).
 
     longest: max_position_embeddings is at least so many tokens.

@@ -10,8 +10,9 @@ import os
 import torch
 
 from decoding.cuda_graphs import GraphedStep
-from decoding.kv_cache import DecodeStep, Extension, KVCache, prompt_row
+from decoding.kv_cache import CachedRow, DecodeStep, Extension, KVCache, prompt_row
 from decoding.room import GPU_STEP, MOST, ON_CPU, ROW_TOKENS, STEP, gpu_of, slots_that_fit
+from model import Llama
 from program.errors import InputError
 from program.hardware import on_device
 
@@ -25,7 +26,7 @@ class CachedModel:
     `make_room` decides. compile: see GraphedStep; on CPU nothing is.
     """
 
-    def __init__(self, model, context, slots, compile=True):
+    def __init__(self, model: Llama, context: int, slots: int | None, compile: bool = True) -> None:
         self.model, self.context = model, context
         weight = model.model.embed_tokens.weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -35,7 +36,7 @@ class CachedModel:
         self.cache = None
         self.graphs = GraphedStep(model, compile) if gpu else None
 
-    def make_room(self, tokens, sequences=MOST):
+    def make_room(self, tokens: int, sequences: int = MOST) -> None:
         """A cache whose slots hold `tokens`, and one slot more for the shared beginning.
 
         sequences: how many there are to put into slots.
@@ -57,7 +58,7 @@ class CachedModel:
             self.slots = slots
             self.cache = KVCache(self.model.config, slots + 1, capacity, self.device, self.dtype)
 
-    def prefill_shared(self, prompts):
+    def prefill_shared(self, prompts: list[list[int]]) -> int:
         """Put what all prompts begin with into the last slot. Its length; 0: not worth it."""
         # The last token of a prompt is never shared: its logits are wanted.
         n = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
@@ -66,7 +67,7 @@ class CachedModel:
         self.hidden(self.tensor(prompts[0][:n]), prompt_row(self.cache, [self.slots], 0, [n]))
         return n
 
-    def prefill(self, prompts, first=0, shared=0):
+    def prefill(self, prompts: list[list[int]], first: int = 0, shared: int = 0) -> torch.Tensor:
         """Put prompts into the slots from `first` on: logits (B, V) of their next tokens.
 
         They begin with the `shared` tokens that `prefill_shared` put into the last slot.
@@ -89,12 +90,14 @@ class CachedModel:
         place = {prompt: i for i, prompt in enumerate(slot_of)}
         return logits[self.tensor([place[prompt] for prompt in prompts])]
 
-    def extend(self, slot, start, ids):
+    def extend(self, slot: int, start: int, ids: list[int]) -> torch.Tensor:
         """Let a slot's first `start` tokens go on with `ids`: logits (1, V) of the next token."""
         row = prompt_row(self.cache, [slot], start, [len(ids)])
         return self.model.head(self.hidden(self.tensor(ids), row)[-1:])
 
-    def nll(self, slots, starts, continuations):
+    def nll(
+        self, slots: list[int], starts: list[int], continuations: list[list[int]]
+    ) -> list[float]:
         """Summed nll of continuations, each but for its first token.
 
         continuations[i] follows the first starts[i] tokens of slots[i]. Slots may repeat; what they
@@ -107,7 +110,7 @@ class CachedModel:
         nll = self.model.head(hidden, labels).double()
         return torch.stack([part.sum() for part in nll.split(lengths)]).tolist()
 
-    def next_logits(self, tokens, lengths):
+    def next_logits(self, tokens: list[int], lengths: list[int]) -> torch.Tensor:
         """Logits (B, V) after one more token of the sequences in the first B slots.
 
         lengths: of the sequences, the tokens included.
@@ -117,15 +120,15 @@ class CachedModel:
         row = DecodeStep(self.cache, self.tensor(lengths) - 1, max(lengths))
         return self.model.head(self.hidden(self.tensor(tokens), row))
 
-    def hidden(self, ids, row):
+    def hidden(self, ids: torch.Tensor, row: CachedRow) -> torch.Tensor:
         """Hidden states (T, E) of a row's tokens (T,), whose keys and values are kept."""
         return self.model.model(ids, row.positions, row.attends())
 
-    def tensor(self, values):
+    def tensor(self, values: list | torch.Tensor) -> torch.Tensor:
         return on_device(values, self.device)
 
 
-def how_many_fit(lengths, slots):
+def how_many_fit(lengths: list[int], slots: int) -> int:
     """How many prompts of these lengths, in their order, go into `slots` and into one row."""
     tokens = 0
     for n, length in enumerate(lengths):

@@ -12,15 +12,20 @@ Called by cached_model.py. Rows of prompts are not compiled: they keep the GPU b
 """
 
 import time
+from collections.abc import Callable
 
 import torch
 
+from decoding.kv_cache import KVCache
 from kernels.decode_attention import decode_attention
-from model import rotary_angles
+from model import Block, Llama, LlamaConfig, rotary_angles
 from program.hardware import on_device
 
 
-def block_step(block, config, x, keys, values, positions):
+def block_step(
+    block: Block, config: LlamaConfig, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """x (B, E) after one block, with the new tokens' keys and values put into its cache.
 
     What torch.compile sees as one size stays one: of its arguments no two sizes are equal by chance
@@ -40,14 +45,14 @@ class GraphedStep:
     compile=False: neither compiled nor recorded. seconds: what both have taken so far.
     """
 
-    def __init__(self, model, compile=True):
+    def __init__(self, model: Llama, compile: bool = True) -> None:
         self.model, self.compile = model, compile
         # Without `dynamic` each number of sequences would be compiled, and torch gives up at eight.
         self.block = torch.compile(block_step, dynamic=True) if compile else block_step
         self.seconds = {"compiling": 0.0, "recording": 0.0}
         self.forget()
 
-    def forget(self):
+    def forget(self) -> None:
         """Drop the graphs that were recorded on a cache which is freed now."""
         # All graphs share their working memory. A pool whose last graph is gone cannot be used
         # again, hence a new one.
@@ -73,7 +78,7 @@ class GraphedStep:
         replay()
         return logits[:B]
 
-    def step(self, tokens, positions, cache):
+    def step(self, tokens: torch.Tensor, positions: torch.Tensor, cache: KVCache) -> torch.Tensor:
         """Logits (B, V) of tokens (B,) at positions (B,); as `Llama.forward`, for a step."""
         decoder = self.model.model
         x = decoder.embed_tokens(tokens)  # (B, E)
@@ -81,7 +86,9 @@ class GraphedStep:
             x = self.block(block, decoder.config, x, keys.flatten(1), values.flatten(1), positions)
         return self.model.head(decoder.norm(x))
 
-    def record(self, inputs, cache):
+    def record(
+        self, inputs: list[torch.Tensor], cache: KVCache
+    ) -> tuple[Callable, list[torch.Tensor], torch.Tensor]:
         """(replay, its inputs: tokens and positions, its logits (B, V)).
 
         Recording runs the step, which writes to the cache: so it is given the real inputs.
@@ -93,7 +100,9 @@ class GraphedStep:
         with timed(self.seconds, "recording"):
             return self.captured(inputs, cache)
 
-    def captured(self, inputs, cache):
+    def captured(
+        self, inputs: list[torch.Tensor], cache: KVCache
+    ) -> tuple[Callable, list[torch.Tensor], torch.Tensor]:
         """What `record` returns; without a GPU, tests put something else in its place."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
@@ -104,7 +113,7 @@ class GraphedStep:
 class timed:
     """Add the seconds of a block of code to `seconds[name]`, what a GPU does in it included."""
 
-    def __init__(self, seconds, name):
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
         self.seconds, self.name = seconds, name
 
     def __enter__(self):

@@ -8,7 +8,9 @@ Called by generate.py, evaluate.py and demo/compare.py.
 """
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from checkpoint.weights import load_hf
 from decoding import scoring
 from decoding.cached_model import CachedModel, how_many_fit
 from decoding.room import check_gpu, gpu_of
-from decoding.sampling import choose, complete
+from decoding.sampling import Sampling, choose, complete
 from model import Llama
 from program.errors import InputError
 from tokens.tokenizer import Tokenizer
@@ -57,14 +59,20 @@ class TextGenerator:
     CPU, on a GPU as many as its memory holds) · compile: on a GPU, compile and record a step.
     """
 
-    def __init__(self, model, tokenizer, context=None, slots=None, compile=True):
+    def __init__(
+        self, model: Llama, tokenizer: Tokenizer, context: int | None = None,
+        slots: int | None = None, compile: bool = True,
+    ) -> None:  # fmt: skip
         self.model, self.tokenizer = model.eval(), tokenizer
         self.context = context or model.config.max_position_embeddings
         self.cached = CachedModel(model, self.context, slots, compile)
         self.streamed = []  # the tokens of the last stream that slot 0 still holds
 
     @classmethod
-    def from_folder(cls, folder, device, dtype, context=None, slots=None, compile=True):
+    def from_folder(
+        cls, folder: str | Path, device: torch.device, dtype: torch.dtype,
+        context: int | None = None, slots: int | None = None, compile: bool = True,
+    ) -> "TextGenerator":  # fmt: skip
         """Load a Hugging Face folder onto `device`, which must hold all of it.
 
         Raises `InputError` for a folder that is no Llama checkpoint, and for a GPU that cannot work
@@ -82,21 +90,24 @@ class TextGenerator:
         return cls(model, tokenizer, context, slots, compile)
 
     @property
-    def slots(self):
+    def slots(self) -> int:
         """Sequences that are decoded at a time now."""
         return self.cached.slots
 
     @property
-    def most(self):
+    def most(self) -> int:
         """The most sequences that may ever be decoded at a time."""
         return self.cached.most
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.cached.dtype
 
     @torch.inference_mode()
-    def generate(self, prompts, sampling, seeds=None, advance=None):
+    def generate(
+        self, prompts: list[list[int]], sampling: Sampling, seeds: range | list[int] | None = None,
+        advance: Callable | None = None,
+    ) -> list[Completion]:  # fmt: skip
         """A `Completion` of each prompt (a list of token ids), in the prompts' order.
 
         What is sampled for a prompt depends on its entry of `seeds` (default: its number) and
@@ -141,12 +152,12 @@ class TextGenerator:
                         advance()
         return answers
 
-    def admit(self, waiting, free):
+    def admit(self, waiting: list[Sequence], free: int) -> list[Sequence]:
         """Take sequences from the end of `waiting`: as many as fit."""
         lengths = [len(sequence.prompt) for sequence in waiting[-1 : -free - 1 : -1]]
         return [waiting.pop() for _ in range(how_many_fit(lengths, free))]
 
-    def leave(self, active, slot):
+    def leave(self, active: list[Sequence], slot: int) -> None:
         """Free a slot; the last sequence moves in, so that only the first slots are occupied."""
         last = active.pop()
         if slot < len(active):
@@ -154,7 +165,7 @@ class TextGenerator:
             active[slot] = last
 
     @torch.inference_mode()
-    def stream(self, ids, sampling):
+    def stream(self, ids: list[int], sampling: Sampling) -> Iterator[tuple[str, str | None]]:
         """Yield `(text, finish)` of one answer piece by piece; only the last finish is not None.
 
         Tokens at the beginning that the last stream had too (the earlier turns of a chat) do not
@@ -186,7 +197,9 @@ class TextGenerator:
             self.streamed.append(sequence.new[-1])
 
     @torch.inference_mode()
-    def option_logps(self, prompts, options):
+    def option_logps(
+        self, prompts: list[list[int]], options: list[list[list[int]]]
+    ) -> list[list[float]]:
         """log p(option | prompt), summed over the option's tokens, for each option of each prompt.
 
         prompts: lists of token ids; options[i]: lists of token ids that may follow prompts[i].
@@ -195,12 +208,12 @@ class TextGenerator:
         self.streamed = []
         return scoring.option_logps(self.cached, prompts, options)
 
-    def next_logits(self, active):
+    def next_logits(self, active: list[Sequence]) -> torch.Tensor:
         """Logits (B, V) after the last token of each sequence."""
         tokens = [sequence.new[-1] for sequence in active]
         return self.cached.next_logits(tokens, [len(sequence) for sequence in active])
 
-    def take(self, sequence, token, sampling):
+    def take(self, sequence: Sequence, token: int, sampling: Sampling) -> str | None:
         """Add a token to a sequence; why that ends it, or None."""
         if token == self.tokenizer.eos_id:
             return "eos"
@@ -214,7 +227,7 @@ class TextGenerator:
             return "length" if sequence.limit == sampling.max_new_tokens else "context"
         return None
 
-    def completion(self, sequence, finish, sampling):
+    def completion(self, sequence: Sequence, finish: str | None, sampling: Sampling) -> Completion:
         """The answer so far, its text cut at the first stop string."""
         text = self.tokenizer.continuation(sequence.new)
         ends = [text.find(stop) for stop in sampling.stop]

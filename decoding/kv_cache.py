@@ -13,11 +13,14 @@ Shapes as in model.py, and: B sequences, S tokens that a sequence has room for.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels.attention import attention, document_ends, tiles_on_device
+from model import LlamaConfig
 from program.errors import RunError
 from program.hardware import on_device
 
@@ -31,7 +34,10 @@ class KVCache:
     views of one, the compiled block would copy the whole cache before it changes part of it.)
     """
 
-    def __init__(self, config, slots, capacity, device, dtype):
+    def __init__(
+        self, config: LlamaConfig, slots: int, capacity: int, device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         self.slots, self.capacity, self.device = slots, capacity, device
         self.group = config.num_attention_heads // config.num_key_value_heads
         layers, Hk = config.num_hidden_layers, config.num_key_value_heads
@@ -46,7 +52,7 @@ class KVCache:
             ) from None
         self.keys, self.values = (tensor.unbind() for tensor in self.both)
 
-    def copy(self, source, target, length):
+    def copy(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` tokens of slot `source`."""
         for tensor in self.both:
             tensor[:, target, :, :length] = tensor[:, source, :, :length]
@@ -55,21 +61,21 @@ class KVCache:
 class CachedRow:
     """A row for one forward pass: its tokens' `positions` (T,), and the `slots` (T,) they go to."""
 
-    def __init__(self, cache, slots, positions):
+    def __init__(self, cache: KVCache, slots: Tensor | None, positions: Tensor) -> None:
         self.cache, self.slots, self.positions = cache, slots, positions
 
-    def attends(self):
+    def attends(self) -> list[Callable]:
         """For each layer the function (q, k, v) -> out that `Decoder.forward` takes."""
         layers = zip(self.cache.keys, self.cache.values, strict=True)
         return [functools.partial(self.attend, keys, values) for keys, values in layers]
 
-    def write(self, keys, values, k, v):
+    def write(self, keys: Tensor, values: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k and v (T, Hk, D) of the row's tokens into a layer's cache."""
         keys[self.slots, :, self.positions] = k
         values[self.slots, :, self.positions] = v
 
 
-def prompt_row(cache, slots, start, lengths):
+def prompt_row(cache: KVCache, slots: list[int], start: int, lengths: list[int]) -> CachedRow:
     """The row of `lengths[i]` tokens for `slots[i]`, which go on from the `start` it holds."""
     if start == 0:
         return Prefill(cache, slots, lengths)
@@ -79,7 +85,7 @@ def prompt_row(cache, slots, start, lengths):
 class Prefill(CachedRow):
     """Prompts from their first token on: attention is training's, inside each one's document."""
 
-    def __init__(self, cache, slots, lengths):
+    def __init__(self, cache: KVCache, slots: list[int], lengths: list[int]) -> None:
         device, lengths = cache.device, torch.tensor(lengths)
         starts = lengths.cumsum(0) - lengths
         doc_start = starts.repeat_interleave(lengths).int()
@@ -93,7 +99,7 @@ class Prefill(CachedRow):
             on_device(x, device, torch.int32) for x in (doc_start, doc_end, tiles)
         )
 
-    def attend(self, keys, values, q, k, v):
+    def attend(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.write(keys, values, k, v)
         return attention(q, k, v, self.doc_start, self.doc_end, self.tiles)
 
@@ -107,13 +113,13 @@ class DecodeStep(CachedRow):
     group stand where several queries of one head usually do: nothing is repeated in memory.
     """
 
-    def __init__(self, cache, positions, limit):
+    def __init__(self, cache: KVCache, positions: Tensor, limit: int) -> None:
         super().__init__(cache, torch.arange(len(positions), device=positions.device), positions)
         self.limit = limit
         seen = torch.arange(limit, device=positions.device) <= positions[:, None]  # (B, limit)
         self.mask = seen[:, None, None]
 
-    def attend(self, keys, values, q, k, v):
+    def attend(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.write(keys, values, k, v)
         B, Hk = k.shape[:2]
         keys, values = (x[:B, :, : self.limit] for x in (keys, values))  # (B, Hk, limit, D)
@@ -129,7 +135,9 @@ class Extension(CachedRow):
     written, attends, and is overwritten by the next. The last one stays in the slot.
     """
 
-    def __init__(self, cache, slots, starts, lengths):
+    def __init__(
+        self, cache: KVCache, slots: list[int], starts: list[int], lengths: list[int]
+    ) -> None:
         self.documents = list(zip(slots, starts, lengths, strict=True))
         self.masks = []  # (G·n, start + n) of each document, the same in all layers; G = H / Hk
         for _, start, n in self.documents:
@@ -138,7 +146,7 @@ class Extension(CachedRow):
         positions = [torch.arange(start, start + n) for _, start, n in self.documents]
         super().__init__(cache, None, on_device(torch.cat(positions), cache.device))
 
-    def attend(self, keys, values, q, k, v):
+    def attend(self, keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         Hk, lengths, outs = k.shape[1], [n for *_, n in self.documents], []
         of_documents = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
         for (slot, start, n), mask, (q_i, k_i, v_i) in zip(

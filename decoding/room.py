@@ -5,10 +5,12 @@ loaded, and by cached_model.py, which makes the cache.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from kernels.decode_attention import takes
+from model import LlamaConfig
 from program.errors import InputError
 
 ROW_TOKENS = 8192  # most tokens of one forward pass, where there is more than one prompt
@@ -30,7 +32,7 @@ class GPU:
     free: int
 
 
-def gpu_of(device):
+def gpu_of(device: torch.device) -> GPU:
     """What `GPU` says of a CUDA device. What torch holds unused counts as free."""
     free, _ = torch.cuda.mem_get_info(device)
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -38,13 +40,13 @@ def gpu_of(device):
     return GPU(name, torch.cuda.get_device_capability(device), free + held)
 
 
-def token_bytes(config, dtype):
+def token_bytes(config: LlamaConfig, dtype: torch.dtype) -> int:
     """Bytes of one token's keys and values in all layers: 512 KiB for Llama 2 7B in bf16."""
     elements = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return 2 * elements * dtype.itemsize
 
 
-def working_bytes(config, dtype, tokens, slots):
+def working_bytes(config: LlamaConfig, dtype: torch.dtype, tokens: int, slots: int) -> int:
     """Bytes that a row of `tokens` and a step of `slots` sequences need beside weights and cache.
 
     Of a row, at SwiGLU: three tensors as wide as the MLP, and six as the stream (two of them fp32
@@ -56,7 +58,9 @@ def working_bytes(config, dtype, tokens, slots):
     return of_row + 4 * 4 * slots * config.vocab_size + GIB
 
 
-def slots_that_fit(config, dtype, tokens, sequences, free):
+def slots_that_fit(
+    config: LlamaConfig, dtype: torch.dtype, tokens: int, sequences: int, free: int
+) -> int:
     """Slots of `tokens` each for `sequences` sequences: 1 to MOST, as many as `free` bytes hold.
 
     A power of two, or what the memory sets as the limit; one slot more is for a shared beginning.
@@ -66,7 +70,9 @@ def slots_that_fit(config, dtype, tokens, sequences, free):
     return max(1, min(wanted, left // (tokens * token_bytes(config, dtype)) - 1))
 
 
-def check_gpu(folder, config, dtype, weights, gpu):
+def check_gpu(
+    folder: str | Path, config: LlamaConfig, dtype: torch.dtype, weights: int, gpu: GPU
+) -> None:
     """Raise `InputError` where a GPU cannot decode with the model of `folder`.
 
     weights: how many it has. The GPU must run the kernels, and hold the weights and the shortest

@@ -3,6 +3,7 @@
 Called by generator.py after every step.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ class Sampling:
     seed: int = 42
 
 
-def choose(logits, sequences, sampling):
+def choose(logits: torch.Tensor, sequences: list, sampling: Sampling) -> torch.Tensor:
     """The next token (B,), on the host, of each sequence from logits (B, V): the likeliest, or a
     sample.
 
@@ -47,7 +48,7 @@ def choose(logits, sequences, sampling):
     return drawn
 
 
-def draw(p, u, top_p, k):
+def draw(p: torch.Tensor, u: torch.Tensor, top_p: float, k: int) -> torch.Tensor:
     """Tokens (B, 1) drawn by u (B, 1) from probabilities (B, V), of which the k likeliest are seen.
 
     TOO_FEW where more would have to be seen.
@@ -66,7 +67,7 @@ def draw(p, u, top_p, k):
     return drawn.where(total[:, -1:] > (u if top_p == 1 else top_p), TOO_FEW)
 
 
-def checked(tokens):
+def checked(tokens: torch.Tensor) -> torch.Tensor:
     """Tokens (B, 1) as (B,) on the host: the one thing for which decoding waits for a GPU."""
     tokens = tokens[:, 0].cpu()
     if (tokens == DAMAGED).any():
@@ -74,7 +75,7 @@ def checked(tokens):
     return tokens
 
 
-def complete(text, stops):
+def complete(text: str, stops: Iterable[str]) -> int:
     """How many characters of an unfinished answer to show: no half character or stop string."""
     text = text.rstrip("\ufffd")  # the bytes of an incomplete character
     begun = (k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k]))

@@ -3,10 +3,12 @@
 Called by generator.py, for evaluate.py's benchmarks.
 """
 
-from decoding.cached_model import how_many_fit
+from decoding.cached_model import CachedModel, how_many_fit
 
 
-def option_logps(model, prompts, options):
+def option_logps(
+    model: CachedModel, prompts: list[list[int]], options: list[list[list[int]]]
+) -> list[list[float]]:
     """log p(option | prompt), summed over the option's tokens, for each option of each prompt.
 
     model: a `CachedModel`. A prompt runs once, and all its options go on from it.

@@ -1,6 +1,7 @@
 """What the demo's training taught: held-out prompts answered before and after, and the rates."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -56,11 +57,11 @@ def report(rows: list[dict], before: list[str], after: list[str]) -> str:
     )
 
 
-def share(test, rows, replies, chosen):
+def share(test: Callable, rows: list[dict], replies: list[str], chosen: Sequence[int]) -> str:
     return f"{sum(test(rows[i]['answer'], replies[i]) for i in chosen) / len(chosen):.1%}"
 
 
-def clip(text, width):
+def clip(text: str, width: int) -> str:
     """Exactly `width` characters of what an untrained model may have said."""
     text = "".join(c if c.isascii() and c.isprintable() else "·" for c in text)
     return text.ljust(width) if len(text) <= width else text[: width - 1] + "…"

@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -61,6 +62,9 @@ DPO = SFT | {
     "lr": 4e-5,
     "micro_tokens": 8192,
 }
+# With --lora-rank: adapters start at nothing, and all that they learn is in so few numbers.
+SFT_LORA = {"lr": 5e-3}
+DPO_LORA = {"lr": 3e-4}
 
 SEED = 2  # of all that is made here; --seed is that of the order of training
 CONVERSATIONS = 8_000
@@ -73,7 +77,7 @@ CONFIG = {
     "model_type": "llama",
     "vocab_size": 544,
     "hidden_size": 128,
-    "intermediate_size": 352,
+    "intermediate_size": 384,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -157,7 +161,7 @@ def conversation(rng: random.Random) -> dict:
     return {"kind": kind, "about": about, "messages": messages, "answer": answer}
 
 
-def assistant(content):
+def assistant(content: str) -> dict:
     return {"role": "assistant", "content": content}
 
 
@@ -190,7 +194,7 @@ def make(folder: Path = FOLDER) -> None:
     make_model(base)
 
 
-def as_conversations(rows):
+def as_conversations(rows: Iterable[dict]) -> list[dict]:
     """The records that SFT takes."""
     return [
         {"dataset": "demo", "id": f"demo_{i}", "messages": row["messages"]}
@@ -198,7 +202,7 @@ def as_conversations(rows):
     ]
 
 
-def as_pairs(rows):
+def as_pairs(rows: Iterable[dict]) -> list[dict]:
     """The records that DPO takes: the sentence is chosen, the bare word rejected."""
     pairs = []
     for i, row in enumerate(rows):
@@ -209,11 +213,11 @@ def as_pairs(rows):
     return pairs
 
 
-def write_lines(path, records):
+def write_lines(path: Path, records: Iterable[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def make_tokenizer(folder, conversations):
+def make_tokenizer(folder: Path, conversations: list[dict]) -> None:
     """A SentencePiece BPE model with byte fallback, made with the settings of Llama 2's."""
     texts = (
         text
@@ -242,7 +246,7 @@ def make_tokenizer(folder, conversations):
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def make_model(folder):
+def make_model(folder: Path) -> None:
     """Random weights, norms at one."""
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     model = Llama(read_config(folder))

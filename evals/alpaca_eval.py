@@ -22,10 +22,14 @@ mean over the instructions of the verdicts that can be read.
 import ast
 import json
 import statistics
+from pathlib import Path
 
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals import judges
 from evals.harness import (
+    Options,
+    Records,
     answer_all,
     checked,
     finishes,
@@ -38,6 +42,7 @@ from evals.harness import (
     write_outputs,
 )
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 FIELDS = {"instruction": str, "dataset": object}
 SAMPLING = Sampling(max_new_tokens=8192)
@@ -48,7 +53,7 @@ JUDGE = (
 )
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The instructions. Raises `InputError` unless the file is a list of them."""
     return [
         {"id": str(number), **{field: row[field] for field in FIELDS}}
@@ -56,7 +61,7 @@ def load(folder, options):
     ]
 
 
-def rows_of(folder, fields):
+def rows_of(folder: Path, fields: dict[str, type]) -> list[dict]:
     """The published list. Raises `InputError` unless each of its objects has these fields."""
     path = published(folder, "alpaca_eval.json")
     rows = read_json(path)
@@ -67,17 +72,17 @@ def rows_of(folder, fields):
     return rows
 
 
-def prompt(tokenizer, item, options):
+def prompt(tokenizer: Tokenizer, item: dict, options: Options) -> list[int]:
     """Token ids of the instruction: a user turn, or the bare text without chat format."""
     return prompt_ids(tokenizer, item["instruction"], options)
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """The answer's length in characters. The verdict is the judge's."""
     return {"characters": len(text)}
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """No score without the judge; the answers go to results.alpaca_eval.json."""
     items, name = load(folder, options), model_name(generator)
 
@@ -108,12 +113,14 @@ def evaluate(generator, records, folder, options):
 # ---- The judge
 
 
-def check_judged(folder):
+def check_judged(folder: Path) -> None:
     """Raise `InputError` where an instruction has no answer of text-davinci-003 beside it."""
     rows_of(folder, {**FIELDS, "output": str})
 
 
-def judge(role, key, generator, records, folder, options):
+def judge(
+    role: str, key: str, generator: TextGenerator, records: Records, folder: Path, options: Options
+) -> None:
     """Ask the judge about each pair of answers twice, the model's second and first."""
     items = load(folder, options)
     references = [row["output"] for row in rows_of(folder, {**FIELDS, "output": str})]
@@ -134,7 +141,7 @@ def judge(role, key, generator, records, folder, options):
     answer_all(generator, records, pairs, make_prompt, verdict, JUDGE_SAMPLING)
 
 
-def verdict(pair, text):
+def verdict(pair: dict, text: str) -> dict:
     """`wins`: 1 where the judge ranks the model's answer first, 0 for the other, None unreadable.
 
     As the package reads it: a Python list of dicts in which model_1 has the rank 1 or 2.
@@ -149,7 +156,9 @@ def verdict(pair, text):
     return {"wins": int((rank == 1) == (pair["place"] == 1))}
 
 
-def judged(records, folder, options, folders, result):
+def judged(
+    records: Records, folder: Path, options: Options, folders: dict[str, str], result: dict
+) -> dict:
     """The result with the win rate by this judge, and how far its verdicts depend on the order."""
     items = load(folder, options)
     orders = [records.of([{"id": f"{item['id']}/{place}"} for place in (2, 1)],

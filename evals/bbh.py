@@ -18,9 +18,13 @@ every row of brackets (dyck_languages) equals every other one of its length, and
 
 import re
 import string
+from pathlib import Path
 
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals.harness import (
+    Options,
+    Records,
     answer_all,
     checked,
     finishes,
@@ -35,13 +39,14 @@ from evals.harness import (
     sample,
 )
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 SAMPLED = 40  # of each task
 MAX_NEW_TOKENS = 512
 PUNCTUATION = re.compile(f"(?!-[0-9])[{re.escape(string.punctuation)}]")
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The questions of each task's .json, with the examples of its file in cot-prompts."""
     inner = folder / "bbh"  # the layout of the authors' repository
     tasks = {path.stem: path for path in (inner if inner.is_dir() else folder).glob("*.json")}
@@ -67,7 +72,7 @@ def load(folder, options):
     return items
 
 
-def read_questions(path):
+def read_questions(path: Path) -> list[dict]:
     """The list of {"input", "target"} in a task's file."""
     rows = checked(read_json(path), {"examples": list}, path)["examples"]
     if not rows:
@@ -76,7 +81,7 @@ def read_questions(path):
     return [checked(row, fields, f"{path}: example {n}") for n, row in enumerate(rows, 1)]
 
 
-def examples(path):
+def examples(path: Path) -> tuple[str, list[str]]:
     """(description of the task, list of worked examples) of a file in cot-prompts."""
     lines = read_text(path).split("\n", 2)
     beginning, *shots = lines[-1].strip().split("\n\nQ: ")
@@ -85,7 +90,9 @@ def examples(path):
     return beginning, shots
 
 
-def prompt(tokenizer, item, options, max_tokens):
+def prompt(
+    tokenizer: Tokenizer, item: dict, options: Options, max_tokens: int
+) -> tuple[list[int], int]:
     """(token ids, examples left out): a question after as many examples as `max_tokens` allows."""
 
     def make(shots):
@@ -96,7 +103,7 @@ def prompt(tokenizer, item, options, max_tokens):
     return fit_examples(make, len(item["shots"]), max_tokens)
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """The answer that a text gives, and whether it is right."""
     match = re.search(r"[Tt]he answer is (.*?)\.", text)
     match = match or re.search(r"[Tt]he answer is\s+(.+)", text)
@@ -104,12 +111,12 @@ def score(item, text):
     return {"answer": answer, "correct": plain(answer) == plain(item["target"])}
 
 
-def plain(text):
+def plain(text: str) -> str:
     """A text in lower case, no punctuation but minus signs; if nothing is left, the text itself."""
     return PUNCTUATION.sub("", text.lower()).strip() or text
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """Right answers in percent, the mean over tasks."""
     items = load(folder, options)
     sampling = Sampling(MAX_NEW_TOKENS, stop=() if options.chat else ("\n\n",))

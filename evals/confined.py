@@ -82,7 +82,7 @@ REFUSED = {
 LOOKED_AT = {"open": (2, None), "openat": (257, 56), "clone": (56, 220), "fcntl": (72, 25)}
 
 
-def main():
+def main() -> None:
     request = json.load(sys.stdin)
     channel = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
@@ -108,7 +108,7 @@ def main():
     os._exit(0)  # without the program's exit handlers
 
 
-def limit(cpu_seconds, memory_bytes):
+def limit(cpu_seconds: int, memory_bytes: int) -> None:
     """Limit what this process may use, for good."""
     for resource_kind, maximum in (
         (resource.RLIMIT_CPU, cpu_seconds),
@@ -120,7 +120,7 @@ def limit(cpu_seconds, memory_bytes):
         resource.setrlimit(resource_kind, (maximum, maximum))
 
 
-def enter_namespaces(libc, channel):
+def enter_namespaces(libc: ctypes.CDLL, channel: int) -> bool:
     """Enter new namespaces; False if the kernel forbids it.
 
     A child process, the first of its process namespace, then continues in the caller's place.
@@ -137,7 +137,7 @@ def enter_namespaces(libc, channel):
     return True
 
 
-def install_filter(libc):
+def install_filter(libc: ctypes.CDLL) -> None:
     """Let this process only compute from here on. Raises `OSError` if the kernel has no filter."""
     steps = filter_steps(platform.machine())
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
@@ -148,7 +148,7 @@ def install_filter(libc):
         raise OSError(ctypes.get_errno(), "the kernel has no filter of system calls (seccomp)")
 
 
-def filter_steps(machine):
+def filter_steps(machine: str) -> list[tuple[int, int, int, int]]:
     """Instructions (code, jump if true, jump if false, constant) of a classic BPF program.
 
     The program reads struct seccomp_data: the call's number at byte 0, the machine at 4, the call's

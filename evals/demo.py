@@ -5,16 +5,28 @@ share of right answers in whole sentences, the form that the demo's preference p
 demo/tasks.py makes the prompts and checks the answers.
 """
 
+from pathlib import Path
+
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from demo.tasks import LONGEST_ANSWER, prefers, solves
-from evals.harness import answer_all, finishes, mean_and_error, published, read_jsonl, result
+from evals.harness import (
+    Options,
+    Records,
+    answer_all,
+    finishes,
+    mean_and_error,
+    published,
+    read_jsonl,
+    result,
+)
 from program.errors import InputError
 from tokens.shapes import plain_messages
 
 SAMPLING = Sampling(max_new_tokens=LONGEST_ANSWER)
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The prompts of held_out.jsonl."""
     path = published(folder, "held_out.jsonl")
     rows = read_jsonl(path, {"kind": str, "messages": list, "answer": str})
@@ -26,12 +38,12 @@ def load(folder, options):
     return [{"id": f"held_out_{number}", **row} for number, row in enumerate(rows)]
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """Whether an answer is right, and whether it is right and in a sentence."""
     return {"right": solves(item["answer"], text), "sentence": prefers(item["answer"], text)}
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """Right answers in percent, of all prompts and of each kind."""
     items = load(folder, options)
 

@@ -14,8 +14,11 @@ comparison ignores punctuation, so that 3.5 equals 35, 18.00 does not equal 18, 
 import re
 from pathlib import Path
 
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals.harness import (
+    Options,
+    Records,
     answer_all,
     finishes,
     fit_examples,
@@ -27,6 +30,7 @@ from evals.harness import (
     sample,
 )
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 SAMPLED = 200
 MAX_NEW_TOKENS = 512
@@ -36,7 +40,7 @@ EXAMPLES = read_jsonl(Path(__file__).with_name("gsm8k_examples.jsonl"), FIELDS)
 NUMBER = re.compile(r"((?<![\w)\]])[-−])?\$?(\d*\.\d+|\d+)")
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The problems of test.jsonl, each with its right number, "target"."""
     path, items = published(folder, "test.jsonl"), []
     for number, row in enumerate(read_jsonl(path, FIELDS)):
@@ -50,7 +54,9 @@ def load(folder, options):
     return sample(items, SAMPLED, options)
 
 
-def prompt(tokenizer, item, options, max_tokens):
+def prompt(
+    tokenizer: Tokenizer, item: dict, options: Options, max_tokens: int
+) -> tuple[list[int], int]:
     """(token ids, examples left out): a problem after as many examples as `max_tokens` allows."""
 
     def make(shots):
@@ -64,7 +70,7 @@ def prompt(tokenizer, item, options, max_tokens):
     return fit_examples(make, len(EXAMPLES), max_tokens)
 
 
-def last_number(text):
+def last_number(text: str) -> str | None:
     """The last number of a text, as a string without commas. None if there is no number."""
     numbers = NUMBER.findall(re.sub(r"(\d),(\d)", r"\1\2", text))
     if not numbers:
@@ -73,14 +79,14 @@ def last_number(text):
     return ("-" if sign else "") + digits
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """The number that an answer ends with, and whether it is right."""
     answer = last_number(text)
     correct = answer is not None and float(answer) == float(item["target"])
     return {"answer": answer, "correct": correct}
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """Right answers in percent."""
     items = load(folder, options)
     sampling = Sampling(MAX_NEW_TOKENS, stop=() if options.chat else ("\n",))

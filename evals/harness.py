@@ -21,16 +21,21 @@ import random
 import statistics
 import sys
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
+from decoding.generator import Completion, TextGenerator
+from decoding.sampling import Sampling
 from program.errors import InputError, amount
 from program.files import written_aside
 from program.progress import progress_bar
 from program.ranks import gather_lists
 from tokens import readers
+from tokens.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,16 @@ class Records:
     again. Every rank holds all records; rank 0 writes them.
     """
 
-    def __init__(self, path, earlier=()):
+    def __init__(self, path: str | Path, earlier: Iterable[dict] = ()) -> None:
         """earlier: the records that `path` holds already."""
         self.path, self.task, self.known, self.keys = path, None, {}, {}
         self.per_rank = 64  # items of a batch, where no other number is asked for
         for record in earlier:
             self.known[record["task"], record["id"]] = record
 
-    def pending(self, items, per_rank=None, group_by=None, prompt=None, settings=None):
+    def pending(self, items: list[dict], per_rank: int | None = None, group_by: str | None = None,
+                prompt: Callable | None = None,
+                settings: dict | None = None) -> Iterator[list[dict]]:  # fmt: skip
         """Yield this rank's items that have no record, in batches of at most `per_rank`.
 
         The records of a batch must be `add`ed before the next batch. A progress bar is shown.
@@ -87,18 +94,18 @@ class Records:
                 yield group[begin : begin + per_rank * world][rank::world]
         self.bar.close()
 
-    def is_answered(self, item, prompt):
+    def is_answered(self, item: dict, prompt: Callable | None) -> bool:
         """Whether an item has a record that its question, prompt and settings of today made."""
         record = self.known.get((self.task, item["id"]), {})
         if record.get("key") != self.keys[item["id"]]:
             return False
         return prompt is None or record["prompt"] == prompt(item)
 
-    def advance(self):
+    def advance(self) -> None:
         """Move the bar after an answer of this rank, on the guess that each rank has one more."""
         self.bar.update(min(dist.get_world_size(), self.bar.total - self.bar.n))
 
-    def add(self, batch):
+    def add(self, batch: list[dict]) -> None:
         """Keep the records of this rank's batch, dicts with the item's "id". All ranks call it."""
         new = [{"task": self.task, **record} for record in gather_lists(batch)]
         for record in new:
@@ -110,14 +117,14 @@ class Records:
         self.done += len(new)
         self.bar.update(self.done - self.bar.n)  # the true count replaces the guess of `advance`
 
-    def of(self, items, task=None):
+    def of(self, items: list[dict], task: str | None = None) -> list[dict]:
         """The records of `items`, in their order; of another task than the present one if named."""
         return [self.known[task or self.task, item["id"]] for item in items]
 
 
-def answer_all(
-    generator, records, items, prompt, score, sampling, per_rank=None, group_by=None, mapper=map
-):
+def answer_all(generator: TextGenerator, records: Records, items: list[dict], prompt: Callable,
+               score: Callable, sampling: Sampling, per_rank: int | None = None,
+               group_by: str | None = None, mapper: Callable = map) -> list[dict]:  # fmt: skip
     """Answer every item that has no record yet; the records of all items, in their order.
 
     prompt(item): the prompt's token ids, and a dict of what else the record shall hold.
@@ -147,7 +154,7 @@ def answer_all(
     return records.of(items)
 
 
-def record_of(tokenizer, item, ids, answer):
+def record_of(tokenizer: Tokenizer, item: dict, ids: list[int], answer: Completion) -> dict:
     """What every record of an answer holds: the prompt as text, the answer, and why it ended."""
     return {"id": item["id"], "prompt": tokenizer.visible(ids),
             "completion": answer.text, "finish": answer.finish}  # fmt: skip
@@ -156,7 +163,7 @@ def record_of(tokenizer, item, ids, answer):
 # ---- Prompts
 
 
-def prompt_ids(tokenizer, text, options, prefill=""):
+def prompt_ids(tokenizer: Tokenizer, text: str, options: Options, prefill: str = "") -> list[int]:
     """Token ids of one user turn and the beginning of its answer, or of the bare text.
 
     The text is not stripped: the paper strips it in training, but not in evaluation. Without chat
@@ -168,7 +175,7 @@ def prompt_ids(tokenizer, text, options, prefill=""):
     return tokenizer.raw(text + joint + prefill)
 
 
-def fit_examples(make, shots, max_tokens):
+def fit_examples(make: Callable, shots: int, max_tokens: int) -> tuple[list[int], int]:
     """(token ids, number of examples left out) of the longest prompt within `max_tokens`.
 
     make(k): token ids of the prompt with the last k of `shots` examples, those nearest to the
@@ -184,7 +191,7 @@ def fit_examples(make, shots, max_tokens):
 # ---- Items
 
 
-def sample(items, n, options):
+def sample(items: list, n: int, options: Options) -> list:
     """n items drawn with `options.seed`, in their order. All with --full, or if n is enough."""
     if options.full or n >= len(items):
         return list(items)
@@ -192,18 +199,18 @@ def sample(items, n, options):
     return [items[i] for i in sorted(chosen)]
 
 
-def seed_of(item):
+def seed_of(item: dict) -> int:
     """The seed of an item's sampled answer. It depends on the item's id alone."""
     return zlib.crc32(str(item["id"]).encode())
 
 
-def digest_of(value):
+def digest_of(value: object) -> str:
     """SHA-256 of a value, as JSON."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def published(folder, name):
+def published(folder: Path, name: str) -> Path:
     """The path of a benchmark's file or folder. Raises `InputError` if it does not exist."""
     path = folder / name
     if not (path.is_file() or path.is_dir()):  # a pipe would be waited for without end
@@ -211,12 +218,12 @@ def published(folder, name):
     return path
 
 
-def read_jsonl(path, fields):
+def read_jsonl(path: Path, fields: Iterable[str]) -> list[dict]:
     """Records of a .jsonl or .jsonl.gz, each `checked`. Raises `InputError` with the line."""
     return [checked(record, fields, f"{path}:{n}") for n, record in readers.records(path)]
 
 
-def read_text(path):
+def read_text(path: Path) -> str:
     """The content of a text file. Raises `InputError` unless it is UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
@@ -224,7 +231,7 @@ def read_text(path):
         raise InputError(f"{path}: not UTF-8 ({error})") from None
 
 
-def read_json(path):
+def read_json(path: Path) -> Any:
     """The value in a .json file, of any JSON type. Raises `InputError` unless it is JSON."""
     try:
         return json.loads(read_text(path))
@@ -232,7 +239,7 @@ def read_json(path):
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
-def read_csv(path, columns=None):
+def read_csv(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, str]]:
     """Rows of a .csv as dicts. Their keys are `columns`, or by default the file's header."""
     rows = []
     with open(path, newline="", encoding="utf-8-sig") as file:
@@ -248,7 +255,7 @@ def read_csv(path, columns=None):
     return rows
 
 
-def checked(record, fields, where):
+def checked(record: object, fields: Iterable[str], where: object) -> dict:
     """The record itself. Raises `InputError` unless it is an object with all `fields`.
 
     fields: their names, or a dict from names to Python types. where: file and line, for the error.
@@ -267,7 +274,7 @@ def checked(record, fields, where):
 # ---- Results
 
 
-def mean_and_error(values):
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and standard error, in percent, of scores from 0 to 1. One score has no error: None."""
     mean = 100 * statistics.fmean(values)
     if len(values) == 1:
@@ -275,7 +282,7 @@ def mean_and_error(values):
     return mean, 100 * statistics.stdev(values) / len(values) ** 0.5
 
 
-def mean_of_means(groups):
+def mean_of_means(groups: Iterable[Sequence[float]]) -> tuple[float, float | None]:
     """Mean of the groups' means, all with equal weight, and its standard error; in percent."""
     means, errors = zip(*map(mean_and_error, groups), strict=True)
     if None in errors:
@@ -283,12 +290,13 @@ def mean_of_means(groups):
     return statistics.fmean(means), sum(error**2 for error in errors) ** 0.5 / len(errors)
 
 
-def result(metric, score, error, n, settings, **more):
+def result(metric: str, score: float | None, error: float | None, n: int, settings: dict,
+           **more) -> dict:  # fmt: skip
     """What evaluate.py prints and writes for a task: score, standard error, items, settings."""
     return {"metric": metric, "score": score, "stderr": error, "n": n, "settings": settings, **more}
 
 
-def write_outputs(records, name, text):
+def write_outputs(records: Records, name: str, text: str) -> str:
     """Write the input of a judge beside the records, as `results.{name}`; its path, on every rank.
 
     Rank 0 writes.
@@ -300,17 +308,17 @@ def write_outputs(records, name, text):
     return str(path)
 
 
-def json_lines(rows):
+def json_lines(rows: Iterable[dict]) -> str:
     """Text of a .jsonl file."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def model_name(generator):
+def model_name(generator: TextGenerator) -> str:
     """The model's name in a judge's table: the name of its folder, without spaces."""
     return "-".join(generator.tokenizer.path.resolve().parent.name.split())
 
 
-def finishes(records):
+def finishes(records: list[dict]) -> dict[str, int]:
     """The number of answers for each finish reason."""
     reasons = [record["finish"] for record in records]
     return {reason: reasons.count(reason) for reason in sorted(set(reasons))}

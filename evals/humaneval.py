@@ -19,11 +19,23 @@ ours keeps it.
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals import sandbox
-from evals.harness import answer_all, finishes, mean_and_error, published, read_jsonl, result
+from evals.harness import (
+    Options,
+    Records,
+    answer_all,
+    finishes,
+    mean_and_error,
+    published,
+    read_jsonl,
+    result,
+)
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 SAMPLES = 20  # of each problem
 STOP = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -31,7 +43,7 @@ SECONDS = 3.0
 FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The samples to draw: 20 items of each problem, one after the other.
 
     Raises `InputError` for a bad file, and on a machine without a sandbox.
@@ -48,28 +60,28 @@ def load(folder, options):
     ]
 
 
-def prompt(tokenizer, item, options):
+def prompt(tokenizer: Tokenizer, item: dict, options: Options) -> list[int]:
     """Token ids of the function's header and docstring, without chat format."""
     return tokenizer.raw(item["prompt"])
 
 
-def program(item, text):
+def program(item: dict, text: str) -> str:
     """Python source of the function and its tests. It raises if the function is wrong."""
     return f"{item['prompt']}{text}\n{item['test']}\ncheck({item['entry_point']})"
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """Whether the completed function passes its tests, and the sandbox's verdict in words."""
     outcome = sandbox.run(program(item, text), SECONDS)
     return {"passed": outcome == "passed", "outcome": outcome}
 
 
-def pass_at_k(samples, passed, k):
+def pass_at_k(samples: int, passed: int, k: int) -> float:
     """Probability that at least one of k samples, drawn without replacement, passed."""
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """pass@10 in percent, with pass@1 and the number of programs that ran out of time."""
     items = load(folder, options)
     sampling = Sampling(512, temperature=0.8, top_p=0.95, stop=STOP, seed=options.seed)

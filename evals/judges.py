@@ -20,12 +20,14 @@ import gc
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from checkpoint.config import read_config
 from checkpoint.weights import weight_files, weights_key
 from decoding.generator import TextGenerator
+from evals.harness import Options, Records
 from program.errors import InputError
 from tokens.tokenizer import Tokenizer
 
@@ -38,7 +40,7 @@ PROMPTS = json.loads(Path(__file__).with_name("judge_prompts.json").read_text(en
 NOT_GPT4 = "this judge's verdicts alone, not comparable with GPT-4's, which the paper reports"
 
 
-def judge_prompt(tokenizer, name, fields):
+def judge_prompt(tokenizer: Tokenizer, name: str, fields: dict[str, str]) -> list[int]:
     """Token ids of a published prompt, its {places} filled from `fields`: a system and a user turn.
 
     What a field contains is text, even if it looks like another place.
@@ -49,13 +51,13 @@ def judge_prompt(tokenizer, name, fields):
     )
 
 
-def judges_of(config, task):
+def judges_of(config, task: str) -> dict[str, str]:
     """{flag: folder} of the judges that this evaluation has for a task."""
     folders = {role: getattr(config, role) for role, tasks in ROLES.items() if task in tasks}
     return {role: folder for role, folder in folders.items() if folder}
 
 
-def check_judges(config, modules):
+def check_judges(config, modules: dict[str, ModuleType]) -> None:
     """Raise `InputError` for a judge that cannot be loaded, or for what it would lack.
 
     Before the model is loaded: its answers may take hours. modules: the benchmarks by task.
@@ -77,7 +79,9 @@ def check_judges(config, modules):
             modules[task].check_judged(Path(config.data) / task)
 
 
-def ask_judges(config, options, modules, records, device):
+def ask_judges(
+    config, options: Options, modules: dict[str, ModuleType], records: Records, device: torch.device
+) -> None:
     """Let one judge after the other read the answers; their judgements become records.
 
     Every rank calls it. The model must have left the memory by then.
@@ -98,13 +102,13 @@ def ask_judges(config, options, modules, records, device):
     free(device)
 
 
-def free(device):
+def free(device: torch.device) -> None:
     """Give back the memory of a model that nobody holds any more."""
     gc.collect()  # a model with graphs of its step is part of a circle
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def names_of(folders):
+def names_of(folders: dict[str, str]) -> str:
     """The names of judges, of which `folders` has the folders by flag."""
     return " and ".join(Path(folder).resolve().name for folder in folders.values())

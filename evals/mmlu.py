@@ -11,8 +11,21 @@ Where ours differs: the original's weights have 8 bits. It leaves out the last e
 that is too long, ours the first. Its pandas turns a choice "None" into "nan".
 """
 
-from evals.harness import fit_examples, mean_and_error, prompt_ids, published, read_csv, result
+from pathlib import Path
+
+from decoding.generator import TextGenerator
+from evals.harness import (
+    Options,
+    Records,
+    fit_examples,
+    mean_and_error,
+    prompt_ids,
+    published,
+    read_csv,
+    result,
+)
 from program.errors import InputError, amount
+from tokens.tokenizer import Tokenizer
 
 MAX_TOKENS = 2048 + 1  # the original counts without BOS
 LETTERS = "ABCD"
@@ -35,7 +48,7 @@ CATEGORIES = {
 }
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The questions of test/*_test.csv, each with its subject's examples from dev/*_dev.csv."""
     paths = sorted((folder / "test").glob("*_test.csv"))
     if not paths:
@@ -56,7 +69,7 @@ def load(folder, options):
     return items
 
 
-def read_questions(path):
+def read_questions(path: Path) -> list[dict[str, str]]:
     """The rows of a file, dicts by `COLUMNS` whose answer is a letter.
 
     MMLU's own files have no header. Copies with a header, and with 0 to 3 for A to D, give the same
@@ -77,7 +90,9 @@ def read_questions(path):
     return rows
 
 
-def prompt(tokenizer, item, options, max_tokens):
+def prompt(
+    tokenizer: Tokenizer, item: dict, options: Options, max_tokens: int
+) -> tuple[list[int], int]:
     """(token ids, examples left out): a question after as many examples as `max_tokens` allows."""
 
     def make(shots):
@@ -92,25 +107,25 @@ def prompt(tokenizer, item, options, max_tokens):
     return fit_examples(make, len(item["examples"]), min(max_tokens, MAX_TOKENS))
 
 
-def question_text(question):
+def question_text(question: dict[str, str]) -> str:
     """A question with its choices, up to where the letter of the answer belongs."""
     choices = "".join(f"\n{letter}. {question[letter]}" for letter in LETTERS)
     return f"{question['question']}{choices}\nAnswer:"
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """The letter chosen, and whether it is right."""
     answer = text.strip()
     return {"answer": answer, "correct": answer == item["answer"]}
 
 
-def answer_tokens(tokenizer):
+def answer_tokens(tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of " A" to " D" after a colon: one id each with Llama's tokenizer."""
     before = len(tokenizer.raw(":"))
     return [tokenizer.raw(f": {letter}")[before:] for letter in LETTERS]
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """Right answers in percent."""
     items, tokenizer = load(folder, options), generator.tokenizer
     letters = answer_tokens(tokenizer)
@@ -137,7 +152,7 @@ def evaluate(generator, records, folder, options):
     return summary(items, records.of(items), options)
 
 
-def summary(items, records, options):
+def summary(items: list[dict], records: list[dict], options: Options) -> dict:
     """The result, with the shares of right answers of each category and subject."""
     subjects, categories = {}, {}
     category_of = {name: category for category, names in CATEGORIES.items()

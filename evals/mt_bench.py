@@ -27,10 +27,15 @@ import re
 import statistics
 import time
 import zlib
+from collections.abc import Sequence
+from pathlib import Path
 
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals import judges
 from evals.harness import (
+    Options,
+    Records,
     answer_all,
     finishes,
     json_lines,
@@ -44,6 +49,7 @@ from evals.harness import (
     write_outputs,
 )  # fmt: skip
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -59,7 +65,7 @@ JUDGE = (
 )
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The questions. Raises `InputError` for a bad file, and for --no-chat."""
     if not options.chat:
         raise InputError("found --no-chat with mt_bench, which is a conversation: drop one of them")
@@ -79,7 +85,7 @@ def load(folder, options):
     return [{"id": str(question["question_id"]), **question} for question in questions]
 
 
-def turns(items, n, answers=()):
+def turns(items: list[dict], n: int, answers: Sequence[tuple[str, ...]] = ()) -> list[dict]:
     """The items of the n-th turn. All items of one turn are asked before those of the next.
 
     answers: those to the turns before, of each item; without any, those of the first turn.
@@ -91,7 +97,8 @@ def turns(items, n, answers=()):
     ]
 
 
-def prompt(tokenizer, item, options, answers=()):
+def prompt(tokenizer: Tokenizer, item: dict, options: Options,
+           answers: Sequence[str] = ()) -> list[int]:  # fmt: skip
     """Token ids of the next turn, after the turns that `answers` answered."""
     messages = []
     for question, answer in zip(item["turns"], answers, strict=False):
@@ -101,12 +108,12 @@ def prompt(tokenizer, item, options, answers=()):
     return tokenizer.prompt(messages)
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """The answer as the judge and the next turn get it. The verdict is the judge's."""
     return {"answer": text.strip()}
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """No score without the judge; the answers go to results.mt_bench.jsonl."""
     items, name = load(folder, options), model_name(generator)
     answered, answers = [], ()
@@ -135,7 +142,8 @@ def evaluate(generator, records, folder, options):
     )
 
 
-def answer_turn(generator, records, batch, options):
+def answer_turn(generator: TextGenerator, records: Records, batch: list[dict],
+                options: Options) -> list[dict]:  # fmt: skip
     """Records of a batch of one turn."""
     tokenizer, new = generator.tokenizer, {}
     for temperature in sorted({TEMPERATURES[item["category"]] for item in batch}):
@@ -150,7 +158,7 @@ def answer_turn(generator, records, batch, options):
     return [new[i] for i in range(len(batch))]
 
 
-def lines(items, first, second, name):
+def lines(items: list[dict], first: list[dict], second: list[dict], name: str) -> list[dict]:
     """FastChat's records of answers: one choice with two turns for each question."""
     rows = []
     for item, one, two in zip(items, first, second, strict=True):
@@ -171,12 +179,12 @@ def lines(items, first, second, name):
 # ---- The judge
 
 
-def check_judged(folder):
+def check_judged(folder: Path) -> None:
     """Raise `InputError` for a bad file of reference answers."""
     references(folder)
 
 
-def references(folder):
+def references(folder: Path) -> dict:
     """{question_id: [reference of each turn]}, of the questions that have them."""
     path, found = folder / "reference_answer" / "gpt-4.jsonl", {}
     if path.is_file():
@@ -198,7 +206,8 @@ def references(folder):
     return found
 
 
-def judge(role, key, generator, records, folder, options):
+def judge(role: str, key: str, generator: TextGenerator, records: Records, folder: Path,
+          options: Options) -> None:  # fmt: skip
     """Ask the judge for a grade of both answers to every question."""
     items, known, graded = load(folder, options), references(folder), []
     first, second = (records.of(turns(items, n), "mt_bench") for n in (1, 2))
@@ -217,7 +226,8 @@ def judge(role, key, generator, records, folder, options):
     answer_all(generator, records, graded, make_prompt, grade, JUDGE_SAMPLING)
 
 
-def judge_fields(turn, questions, answers, reference):
+def judge_fields(turn: int, questions: list[str], answers: list[str],
+                 reference: list[str] | None) -> dict[str, str]:  # fmt: skip
     """The name of FastChat's prompt for a turn, and what fills its places."""
     fields = {"prompt": "single-math-v1" if reference else "single-v1"}
     if turn == 1:
@@ -231,14 +241,15 @@ def judge_fields(turn, questions, answers, reference):
     return fields
 
 
-def grade(item, text):
+def grade(item: dict, text: str) -> dict:
     """The grade in the judge's answer: the first number in double, or else single, brackets."""
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", text) or re.search(r"\[(\d+\.?\d*)\]", text)
     value = float(found[1]) if found else 0.0
     return {"grade": value if 1 <= value <= 10 else None}
 
 
-def judged(records, folder, options, folders, result):
+def judged(records: Records, folder: Path, options: Options, folders: dict[str, str],
+           result: dict) -> dict:  # fmt: skip
     """The result with the mean grade by this judge, of both turns and of each, and by category."""
     items, by_turn, by_category, means = load(folder, options), {1: [], 2: []}, {}, []
     for item in items:

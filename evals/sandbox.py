@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from program.errors import InputError, RunError
 
@@ -31,7 +32,7 @@ STARTUP = 60  # seconds for Python to start and enter the sandbox, also on a bus
 LAYERS = {b"n": "system call filter and namespaces", b"f": "system call filter"}
 
 
-def run(program, seconds):
+def run(program: str, seconds: float) -> str:
     """`"passed"`, `"timed out"`, or `"failed: …"` with what the program raised.
 
     program: Python source text, with its tests. seconds: wall-clock time that the program may take,
@@ -40,7 +41,7 @@ def run(program, seconds):
     return attempt(program, seconds)[0]
 
 
-def check():
+def check() -> str:
     """The kind of sandbox that this machine has, in words. Raises `InputError` if it has none."""
     try:
         return attempt("", STARTUP)[1]
@@ -48,7 +49,7 @@ def check():
         raise InputError(f"{error}; a model's programs run only in a sandbox") from None
 
 
-def attempt(program, seconds):
+def attempt(program: str, seconds: float) -> tuple[str, str]:
     """The verdict of `run`, and the kind of sandbox."""
     token = secrets.token_hex()
     request = {
@@ -85,7 +86,7 @@ def attempt(program, seconds):
     return verdict(answer, token), LAYERS[started]
 
 
-def environment():
+def environment() -> dict[str, str]:
     """The environment of a program's process: of ours it has only where libraries may lie.
 
     Sets have the same order in every run. numpy has one thread: each more takes address space.
@@ -95,7 +96,7 @@ def environment():
     return {**ours, "LD_LIBRARY_PATH": library_path} if library_path else ours
 
 
-def receive(pipe, max_bytes, seconds):
+def receive(pipe: BinaryIO, max_bytes: int, seconds: float) -> bytes | None:
     """The next bytes on a pipe, at most `max_bytes`. Empty if it was closed; None if time is up."""
     waiting = select.poll()
     waiting.register(pipe, select.POLLIN)
@@ -106,7 +107,7 @@ def receive(pipe, max_bytes, seconds):
     return os.read(pipe.fileno(), max_bytes)
 
 
-def verdict(answer, token):
+def verdict(answer: bytes | None, token: str) -> str:
     """The verdict, in words, for what came over the pipe."""
     if answer is None:
         return "timed out"

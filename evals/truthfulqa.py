@@ -36,9 +36,12 @@ import io
 import math
 from pathlib import Path
 
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals import judges
 from evals.harness import (
+    Options,
+    Records,
     checked,
     finishes,
     mean_and_error,
@@ -51,6 +54,7 @@ from evals.harness import (
     write_outputs,
 )  # fmt: skip
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 PRIMER = Path(__file__).with_name("truthfulqa_primer.txt").read_text(encoding="utf-8").rstrip("\n")
 COLUMNS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
@@ -63,7 +67,7 @@ JUDGES = (
 )
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """The questions with their true and false answers, each with a full stop at its end.
 
     Raises `InputError` for a bad file, and for a best answer that is not among the true ones.
@@ -89,25 +93,26 @@ def load(folder, options):
     return items
 
 
-def answers(text):
+def answers(text: str) -> list[str]:
     """The answers in a cell, where semicolons separate them."""
     parts = [part.strip() for part in text.split(";")]
     return [closed(part) for part in parts if part]
 
 
-def closed(answer):
+def closed(answer: str) -> str:
     """The answer with a full stop at its end, as the benchmark compares answers."""
     return answer if answer.endswith(".") else answer + "."
 
 
-def prompt(tokenizer, item, options, answer=""):
+def prompt(tokenizer: Tokenizer, item: dict, options: Options, answer: str = "") -> list[int]:
     """Token ids of primer, question and "A:", and of the answer after it if one is given."""
     # The bare text needs a line feed; around a user turn Tulu's format has its own.
     text = f"{PRIMER}\n\nQ: {item['question']}" + ("" if options.chat else "\n")
     return prompt_ids(tokenizer, text, options, f"A: {answer}" if answer else "A:")
 
 
-def options_of(tokenizer, item, options):
+def options_of(tokenizer: Tokenizer, item: dict,
+               options: Options) -> tuple[list[int], list[list[int]]]:  # fmt: skip
     """(ids of the prompt, a list of ids for each answer after it: true, then false)."""
     ids = prompt(tokenizer, item, options)
     choices = []
@@ -118,7 +123,7 @@ def options_of(tokenizer, item, options):
     return ids, choices
 
 
-def score(item, text, logps):
+def score(item: dict, text: str, logps: list[float]) -> dict:
     """The answer for the judges; MC1 and MC2 from log-probabilities of true and false answers."""
     true, false = logps[: len(item["true"])], logps[len(item["true"]) :]
     likeliest = max(logps)
@@ -133,13 +138,13 @@ def score(item, text, logps):
     }
 
 
-def trimmed(text):
+def trimmed(text: str) -> str:
     """The part of a completion that is judged: the first answer, without "A:" and blank lines."""
     text = text.strip().removeprefix("A:").strip()
     return text.split("Q:")[0].strip().replace("\n\n", " ")
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """MC2 in percent, with MC1; the answers go to results.truthfulqa.csv."""
     items, name = load(folder, options), model_name(generator)
     # A tuned model ends its answer itself; a base model would continue with a question of its own.
@@ -178,7 +183,7 @@ def evaluate(generator, records, folder, options):
     )
 
 
-def table(items, records, name):
+def table(items: list[dict], records: list[dict], name: str) -> str:
     """CSV text: the published columns, and a column `name` with the model's answers."""
     file = io.StringIO()
     writer = csv.DictWriter(file, [*items[0]["row"], name], lineterminator="\n")
@@ -191,11 +196,11 @@ def table(items, records, name):
 # ---- The judges
 
 
-def check_judged(folder):
+def check_judged(folder: Path) -> None:
     """The judges need nothing beside the questions."""
 
 
-def judge_prompt(tokenizer, item, role):
+def judge_prompt(tokenizer: Tokenizer, item: dict, role: str) -> tuple[list[int], list[int]]:
     """Token ids of question, answer and what the judge completes; and those of " yes" after it."""
     text = f"Q: {item['question']}\nA: {item['answer']}\n{ENDINGS[role]}"
     ids, whole = tokenizer.raw(text), tokenizer.raw(text + " yes")
@@ -203,7 +208,8 @@ def judge_prompt(tokenizer, item, role):
     return ids, whole[len(ids) :]
 
 
-def judge(role, key, generator, records, folder, options):
+def judge(role: str, key: str, generator: TextGenerator, records: Records, folder: Path,
+          options: Options) -> None:  # fmt: skip
     """Ask one judge about every answer: it is true (or informative) where p(" yes") >= 0.5."""
     questions = load(folder, options)
     items = [
@@ -224,7 +230,8 @@ def judge(role, key, generator, records, folder, options):
         )  # fmt: skip
 
 
-def judged(records, folder, options, folders, result):
+def judged(records: Records, folder: Path, options: Options, folders: dict[str, str],
+           result: dict) -> dict:  # fmt: skip
     """The result with the paper's score, % true and informative; MC2 stays in it, as `mc2`."""
     items = load(folder, options)
     true, informative = (

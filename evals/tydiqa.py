@@ -20,8 +20,11 @@ import string
 from collections import Counter
 from pathlib import Path
 
+from decoding.generator import TextGenerator
 from decoding.sampling import Sampling
 from evals.harness import (
+    Options,
+    Records,
     answer_all,
     checked,
     finishes,
@@ -34,6 +37,7 @@ from evals.harness import (
     result,
 )
 from program.errors import InputError
+from tokens.tokenizer import Tokenizer
 
 SAMPLED = 100  # of each language
 MAX_NEW_TOKENS = 50
@@ -42,7 +46,7 @@ PASSAGE_TOKENS = 512
 TEMPLATES = read_json(Path(__file__).with_name("tydiqa_templates.json"))
 
 
-def load(folder, options):
+def load(folder: Path, options: Options) -> list[dict]:
     """Questions of the development file, each with its language's example of the training file."""
     questions = by_language(published(folder, "tydiqa-goldp-v1.1-dev.json"))
     path = published(folder, "tydiqa-goldp-v1.1-train.json")
@@ -63,7 +67,7 @@ def load(folder, options):
     ]
 
 
-def by_language(path):
+def by_language(path: Path) -> dict[str, list[dict]]:
     """The questions of a file in SQuAD's layout, as a dict from language to list.
 
     The language is the first part of a question's id.
@@ -89,7 +93,9 @@ def by_language(path):
     return questions
 
 
-def prompt(tokenizer, item, options, max_tokens):
+def prompt(
+    tokenizer: Tokenizer, item: dict, options: Options, max_tokens: int
+) -> tuple[list[int], int]:
     """(token ids, examples left out): passage and question, after the example if it fits."""
     instruction, passage_label, question_label, answer_label = TEMPLATES[item["language"]]
 
@@ -108,7 +114,7 @@ def prompt(tokenizer, item, options, max_tokens):
     return fit_examples(make, 1, max_tokens)
 
 
-def beginning(tokenizer, text):
+def beginning(tokenizer: Tokenizer, text: str) -> str:
     """The beginning of a text: at most `PASSAGE_TOKENS` tokens, BOS included."""
     ids = tokenizer.raw(text)
     if len(ids) <= PASSAGE_TOKENS:
@@ -116,26 +122,26 @@ def beginning(tokenizer, text):
     return tokenizer.decode(ids[:PASSAGE_TOKENS]).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def score(item, text):
+def score(item: dict, text: str) -> dict:
     """F1, from 0 to 1, of the answer's words against those of the best-matching reference."""
     answer = text.strip()
     best = max(f1(words(answer), words(reference)) for reference in item["answers"])
     return {"answer": answer, "f1": best}
 
 
-def words(text):
+def words(text: str) -> list[str]:
     """A text's words as SQuAD compares them: in lower case, no punctuation, no English articles."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def f1(answer, reference):
+def f1(answer: list[str], reference: list[str]) -> float:
     """Harmonic mean of precision and recall of two lists of words. 0 if they share no word."""
     shared = (Counter(answer) & Counter(reference)).total()
     return 2 * shared / (len(answer) + len(reference)) if shared else 0.0
 
 
-def evaluate(generator, records, folder, options):
+def evaluate(generator: TextGenerator, records: Records, folder: Path, options: Options) -> dict:
     """F1 in percent, the mean over languages."""
     items = load(folder, options)
     sampling = Sampling(MAX_NEW_TOKENS, stop=() if options.chat else ("\n",))

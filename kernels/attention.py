@@ -7,8 +7,8 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135) and FlashAttention-2 (Dao, ar
 Shapes: T tokens of the row, H query heads, Hk key/value heads (H a multiple of Hk), D head size.
 
 Token i sees j if doc_start[i] <= j <= i < doc_end[j]: in documents all before it, and itself. In a
-pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token, and doc_end
-its end, but that of chosen is its own: rejected sees the prompt and itself. The picture is below.
+pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token and doc_end
+the pair's end, but for chosen its own end: so rejected does not see chosen. The picture is below.
 
 Forward. For query i of one head, over the keys j that it sees:
 
@@ -40,8 +40,7 @@ Cost of a document of n tokens, per query head, n²/2 pairs, 2-byte elements:
     backward    5 n² D    7 n² (p in twice; dp out, in; ds out, twice)  16 n D (and do, dq, dk, dv)
 
 In the naive form the n² terms dominate once n > 2 D. Here one kernel makes dq and another dk and
-dv, and both make s and dp again: 7 n² D and 24 n D, in return for sums without atomics, which have
-the same bits in every run.
+dv, and both make s and dp again: 7 n² D and 24 n D, but no sum needs atomics, and bits repeat.
 
 Tiles begin where a document or an answer begins, so that no bit depends on where it lies. A pair (P
 prompt, C chosen, R rejected) and a document A, one character a token, in tiles of 4:
@@ -66,12 +65,14 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.attention_cpu import attention_cpu
 from kernels.attention_tiles import TILE, attention_tiles, blocks
 
 
-def attention(q, k, v, doc_start, doc_end=None, tiles=None):
+def attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor, doc_end: Tensor | None = None,
+              tiles: Tensor | None = None) -> Tensor:  # fmt: skip
     """softmax(q kᵀ / sqrt(D)) v, where token i sees j with doc_start[i] <= j <= i < doc_end[j].
 
     q (T, H, D), k and v (T, Hk, D), doc_start and doc_end (T,) int32 -> out (T, H, D) in the dtype
@@ -84,12 +85,13 @@ def attention(q, k, v, doc_start, doc_end=None, tiles=None):
     return attention_cpu(q, k, v, doc_start, doc_end)
 
 
-def document_ends(doc_start):
+def document_ends(doc_start: Tensor) -> Tensor:
     """doc_end (T,) int32 of documents: a search of doc_start in itself, for which no GPU waits."""
     return torch.searchsorted(doc_start, doc_start, right=True, out_int32=True)
 
 
-def attention_reference(q, k, v, doc_start, doc_end=None):
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor,
+                        doc_end: Tensor | None = None) -> Tensor:  # fmt: skip
     """The same, from the definition: a (T, T) mask and every key/value head repeated."""
     (T, H, D), Hk = q.shape, k.shape[1]
     doc_end = document_ends(doc_start) if doc_end is None else doc_end
@@ -106,7 +108,7 @@ def attention_reference(q, k, v, doc_start, doc_end=None):
 # in a fixed order. Its walk has two parts, F and D of the picture: one loop body, compiled without
 # the mask and with it. The softmax is to base 2: s log2 e in place of s, exp2 of it, and so `lse`
 # is log2 of (1)'s denominator. Rows beyond the end of a walk repeat the last one, and are masked or
-# never stored: none is read that its tokens neither see nor are seen by, and a mask of rows spills.
+# never stored: so no row is read that is not of the walk. (A mask of rows would spill registers.)
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exp(x) = exp2(x log2 e); the chip has exp2 only
 LOW = tl.constexpr(-1e30)  # the maximum before any key: finite, because inf - inf is NaN
@@ -297,13 +299,13 @@ def backward_kv_kernel(
     store_tile(dv + kv_head * D, dv_j, first, end, Hk * D, D)  # (BN, D)
 
 
-def shared_memory(x):
+def shared_memory(x: Tensor) -> int:
     """Bytes of shared memory that a block may have on the GPU of x; 0 where Triton interprets."""
     gpu = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
     return gpu.shared_memory_per_block_optin if gpu else 0
 
 
-def launch(name, q, k, tiles):
+def launch(name: str, q: Tensor, k: Tensor, tiles: Tensor) -> tuple[tuple, tuple, dict[str, int]]:
     """(grid, T and the constants, sizes) with which a kernel is called."""
     (T, H, D), Hk, (_, n, columns) = q.shape, k.shape[1], tiles.shape
     size = blocks(name, q.dtype, shared_memory(q))
@@ -327,7 +329,7 @@ def attention_op(
 
 
 @attention_op.register_fake
-def fake_attention(q, k, v, tiles):
+def fake_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Memory for out and, in fp32, for lse."""
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
@@ -352,11 +354,11 @@ def _(q, k, v, *rest):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
-def keep_for_backward(ctx, inputs, output):
+def keep_for_backward(ctx, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def attention_gradients(ctx, d_out, d_lse):
+def attention_gradients(ctx, d_out: Tensor, d_lse: Tensor | None) -> tuple:
     """Of q, k and v; lse has no user but this backward, so no gradient d_lse."""
     return *attention_backward_op(*ctx.saved_tensors, d_out), None
 
@@ -364,7 +366,9 @@ def attention_gradients(ctx, d_out, d_lse):
 attention_op.register_autograd(attention_gradients, setup_context=keep_for_backward)
 
 
-def attention_triton(q, k, v, doc_start, doc_end=None, tiles=None):
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor,
+                     doc_end: Tensor | None = None,
+                     tiles: Tensor | None = None) -> Tensor:  # fmt: skip
     """`attention` by the kernels; CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     D = q.shape[2]
     assert D % 16 == 0 and 16 <= D <= 128, f"head size {D}, expected a multiple of 16 up to 128"
@@ -374,7 +378,7 @@ def attention_triton(q, k, v, doc_start, doc_end=None, tiles=None):
 
 
 @torch.compiler.disable  # NumPy
-def tiles_on_device(doc_start, doc_end=None):
+def tiles_on_device(doc_start: Tensor, doc_end: Tensor | None = None) -> Tensor:
     """`attention_tiles` of tensors, on their device; a GPU waits for the host."""
     doc_end = document_ends(doc_start) if doc_end is None else doc_end
     tiles = attention_tiles(doc_start.cpu().numpy(), doc_end.cpu().numpy())

@@ -7,7 +7,8 @@ from kernels.attention_tiles import branches
 
 
 @torch.compiler.disable  # it would be compiled again for the lengths of every row
-def attention_cpu(q, k, v, doc_start, doc_end):
+def attention_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, doc_start: torch.Tensor,
+                  doc_end: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """One call of torch's blocked CPU attention per document, and per branch that has holes.
 
     A pair takes two: prompt and chosen are like a document, and rejected is the end of another one.

@@ -2,15 +2,14 @@
 
 Token i sees j where doc_start[i] <= j <= i < doc_end[j] (kernels/attention.py). A branch is a run
 of tokens with the same doc_start and the same doc_end: a whole document, or a pair's prompt, chosen
-or rejected answer. Its tokens see each other causally, and of their document before the branch all
-but some holes: rejected does not see chosen. A tile is up to TILE tokens of one branch; with a TILE
+or rejected answer. Its tokens see each other causally, and their document before the branch, except
+holes: rejected does not see chosen. A tile is up to TILE tokens of one branch; with a TILE
 of 4, and one character a token, of a pair (prompt, chosen, rejected) and a document:
 
     row      PPPPPCCCCCCRRDDDDD
     tiles    [  ][[  ][][][  ][        also of one token, as the second ones of P and D are
 
-No tile has tokens of two branches, so that nothing which a document computes depends on where it
-lies and on its neighbours.
+No tile has tokens of two branches: what a document computes depends on no neighbour and no place.
 """
 
 import numpy as np
@@ -18,8 +17,8 @@ import numpy as np
 TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
 
 
-# Pairs of query and key that are computed for each that is seen, in rows of about 16,384 tokens:
-# before, with tiles cut from the row whatever its documents (and prompts twice), and with these.
+# How many scores are computed for each one that is needed, in rows of about 16,384 tokens. Left:
+# with tiles cut from the row whatever its documents, and prompts twice; right: with these tiles.
 #
 #     BM, BN                                forward 128, 128    dq 128, 64      dk, dv 64, 128
 #     chats of 1,097 tokens on average         1.19   1.15      1.16   1.14       1.15   1.10
@@ -34,7 +33,7 @@ TILE = 128  # tokens: kernels work on whole tiles, or on equal parts of them
 # last line, the worst, attention computes 0.6 TFLOP in a block of 7B, its matrices 20.
 
 
-def blocks(kernel, dtype, shared_memory):
+def blocks(kernel: str, dtype, shared_memory: int) -> dict[str, int]:
     """Block sizes of a kernel, by name: of those tried, the largest that spill no registers.
 
     shared_memory: bytes that the chip gives a block, 227 KiB on Hopper; the small sizes fit 99 KiB.
@@ -55,7 +54,7 @@ def blocks(kernel, dtype, shared_memory):
     return {"BM": BM, "BN": BN, "num_warps": 8, "num_stages": stages}
 
 
-def attention_tiles(doc_start, doc_end):
+def attention_tiles(doc_start: np.ndarray, doc_end: np.ndarray) -> np.ndarray:
     """tiles (2, n, 4 + 2·h) int32 of a row, from doc_start and doc_end (T,) int32.
 
     tiles[0] are those of queries, tiles[1] the same n tiles as keys, each list in the order in
@@ -80,7 +79,7 @@ def attention_tiles(doc_start, doc_end):
     return np.pad(tiles, ((0, 0), (0, max(0, 2 - len(first))), (0, 0)))
 
 
-def branches(doc_start, doc_end):
+def branches(doc_start: np.ndarray, doc_end: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
     """first and end (b,) of a row's branches, and paths: what each sees, from root to itself."""
     edges = (np.diff(doc_start) != 0) | (np.diff(doc_end) != 0)
     first = np.append(np.zeros(len(doc_start[:1]), np.int64), edges.nonzero()[0] + 1)
@@ -92,7 +91,8 @@ def branches(doc_start, doc_end):
     return first, end, paths
 
 
-def branch_holes(first, end, doc_start, paths):
+def branch_holes(first: np.ndarray, end: np.ndarray, doc_start: np.ndarray,
+                 paths: list) -> np.ndarray:  # fmt: skip
     """(b, 2·h): of each branch the intervals between its document's start and its path's parts."""
     holes = [()] * len(paths)
     for branch in (first > doc_start[first]).nonzero()[0]:  # none in a row of documents

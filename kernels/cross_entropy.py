@@ -26,6 +26,7 @@ memory traffic; bytes per logit, with 2-byte weights:
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Bytes of logits in a chunk of rows. On CPU, V = 32,000 and E = 256 in fp32 (2 cores), 64 MiB (512
 # rows) ran at 116 GFLOP/s, 8 MiB at 81 (matrix products too thin), all 3,000 rows at 99.
@@ -39,7 +40,8 @@ CUDA_WORKSPACE = 256 << 20
 ROWS = 1024
 
 
-def linear_cross_entropy(hidden, weight, labels, uniform_gradient=False):
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor,
+                         uniform_gradient: bool = False) -> Tensor:  # fmt: skip
     """nll (N,) fp32 = logsumexp(hidden weightᵀ) - the label's logit, differentiable in both.
 
     hidden (N, E), weight (V, E), labels (N,) int64; the upstream gradient may be anything. With
@@ -51,13 +53,14 @@ def linear_cross_entropy(hidden, weight, labels, uniform_gradient=False):
     return LinearCrossEntropy.apply(hidden, weight, labels, make_now, hidden.is_cuda)
 
 
-def linear_cross_entropy_triton(hidden, weight, labels, uniform_gradient=False):
+def linear_cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor,
+                                uniform_gradient: bool = False) -> Tensor:  # fmt: skip
     """The same by the kernel, on CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     make_now = uniform_gradient and torch.is_grad_enabled()
     return LinearCrossEntropy.apply(hidden, weight, labels, make_now, True)
 
 
-def linear_cross_entropy_reference(hidden, weight, labels):
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The same, from the definition, with all (N, V) logits (fp32, or fp64 for fp64 inputs)."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(exact) @ weight.to(exact).T
@@ -68,7 +71,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """The losses, with gradients made in the forward pass (`make_now`) or in backward."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, make_now, by_kernel):
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, make_now: bool,
+                by_kernel: bool) -> Tensor:  # fmt: skip
         cross_entropy = cross_entropy_triton if by_kernel else cross_entropy_cpu
         ones = torch.ones(len(labels), device=hidden.device) if make_now else None
         ctx.make_now, ctx.by_kernel, ctx.trained = make_now, by_kernel, ctx.needs_input_grad[1]
@@ -77,7 +81,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return nll
 
     @staticmethod
-    def backward(ctx, d_nll):
+    def backward(ctx, d_nll: Tensor) -> tuple:
         if not ctx.make_now:
             cross_entropy = cross_entropy_triton if ctx.by_kernel else cross_entropy_cpu
             gradients = cross_entropy(*ctx.saved_tensors, d_nll, ctx.trained)[1:]
@@ -91,7 +95,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight if ctx.trained else None, None, None, None
 
 
-def cross_entropy_cpu(hidden, weight, labels, d_nll=None, trained=True):
+def cross_entropy_cpu(hidden: Tensor, weight: Tensor, labels: Tensor, d_nll: Tensor | None = None,
+                      trained: bool = True) -> tuple:  # fmt: skip
     """nll (N,), and for d_nll (N,) the gradients of hidden and weight (else None, None).
 
     trained: a weight that is not gets an empty gradient, and its product is not computed.
@@ -164,7 +169,7 @@ def softmax_kernel(
             tl.store(d_logits + c, d_z, mask=c < LOGITS_ROW)  # (BLOCK,)
 
 
-def softmax_block(V):
+def softmax_block(V: int) -> dict[str, int]:
     """Logits of a row read at a time, by 1,024 threads: a multiprocessor has two rows in work.
 
     On an H100 that is 264 rows, 34 MB: its L2 cache still holds them when they are read again.
@@ -182,7 +187,8 @@ def cross_entropy_op(
     return nll, d_hidden, d_weight.to(weight.dtype)  # by now the workspace is freed
 
 
-def losses_and_sums(hidden, weight, labels, d_nll, trained):
+def losses_and_sums(hidden: Tensor, weight: Tensor, labels: Tensor, d_nll: Tensor | None,
+                    trained: bool) -> tuple[Tensor, ...]:  # fmt: skip
     """As `cross_entropy_op`, chunk by chunk; the gradient of weight is a sum in fp32."""
     (N, E), V = hidden.shape, len(weight)
     padded = triton.cdiv(V, 64) * 64  # so that rows begin where wide accesses may
@@ -211,7 +217,8 @@ def losses_and_sums(hidden, weight, labels, d_nll, trained):
     return nll, d_hidden, d_weight
 
 
-def product(a, b, out=None, add_to=None):
+def product(a: Tensor, b: Tensor, out: Tensor | None = None,
+            add_to: Tensor | None = None) -> Tensor:  # fmt: skip
     """a b in fp32 from 16-bit factors: added to `add_to`, else written to `out` or new memory."""
     if not a.is_cuda:  # the interpreter's side: torch has no such product on CPU
         a, b = a.float(), b.float()
@@ -229,7 +236,8 @@ def _(hidden, weight, labels, d_nll, trained=True):
     return nll, torch.empty_like(hidden), weight.new_empty(weight.shape if trained else 0)
 
 
-def cross_entropy_triton(hidden, weight, labels, d_nll=None, trained=True):
+def cross_entropy_triton(hidden: Tensor, weight: Tensor, labels: Tensor,
+                         d_nll: Tensor | None = None, trained: bool = True) -> tuple:  # fmt: skip
     """As `cross_entropy_cpu`, by the kernel."""
     if d_nll is not None:
         d_nll = d_nll.float().contiguous()

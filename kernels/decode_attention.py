@@ -32,7 +32,10 @@ DOT = tl.constexpr("ieee")  # fp32 inputs are multiplied in fp32, not in tf32
 MOST_SPLITS = 32
 
 
-def decode_reference(q, k, v, keys, values, positions):
+def decode_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
     """The same from the definition, one sequence after the other; the caches are not changed."""
     outs = []
     for b, n in enumerate(positions.tolist()):
@@ -107,7 +110,7 @@ def merge_kernel(parts, lse, out, D: tl.constexpr, SPLITS: tl.constexpr):
     tl.store(out + row * D + columns, o.to(out.dtype.element_ty), mask=columns < D)
 
 
-def decode_blocks(dtype, D):
+def decode_blocks(dtype: torch.dtype, D: int) -> dict[str, int]:
     """Sizes of `decode_kernel`, by name: keys at a time, and Triton's options.
 
     What limits it is memory: three stages keep 2 times 32 KiB on their way for each program. Not
@@ -119,13 +122,13 @@ def decode_blocks(dtype, D):
     return {"BN": 64, "num_warps": 4, "num_stages": 3}
 
 
-def split_count(programs, multiprocessors):
+def split_count(programs: int, multiprocessors: int) -> int:
     """Parts of a sequence's keys, a power of two: two programs for each multiprocessor, or more."""
     wanted = -(-2 * multiprocessors // programs)
     return min(MOST_SPLITS, 1 << (wanted - 1).bit_length())
 
 
-def takes(D):
+def takes(D: int) -> bool:
     """Whether the kernels, this one and kernels/attention.py's, take heads of D elements."""
     return D % 16 == 0 and 16 <= D <= 128
 

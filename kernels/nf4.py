@@ -57,13 +57,13 @@ class NF4(NamedTuple):
     offset: torch.Tensor  # () fp32
 
 
-def quantize(weight):
+def quantize(weight: torch.Tensor) -> NF4:
     """The `NF4` of a weight (N, K), K a multiple of 64, of any floating type: (1) and (2)."""
     codes, absmax = quantize_blocks(weight)
     return NF4(codes, *quantize_scales(absmax))
 
 
-def quantize_blocks(weight):
+def quantize_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(1): codes (N, K / 2) uint8, and absmax (N · K / 64,) in fp32.
 
     Some rows of a weight alone have the codes and scales that they have in the whole.
@@ -83,7 +83,7 @@ def quantize_blocks(weight):
     return codes, absmax
 
 
-def quantize_scales(absmax):
+def quantize_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(2): q uint8 (n,), nested fp32 (⌈n / 256⌉,) and offset fp32 () of absmax fp32 (n,).
 
     The mean is torch's, and so the last bit of `offset` is the device's, as in bitsandbytes.
@@ -96,7 +96,7 @@ def quantize_scales(absmax):
     return q.byte().view(-1)[: len(absmax)], nested, offset
 
 
-def scaled(blocks, largest):
+def scaled(blocks: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
     """Rows divided by their largest magnitude; a row of zeros stays zero."""
     return (blocks * (1.0 / largest.clamp(min=1e-38))[:, None]).clamp(-1, 1)
 
@@ -104,14 +104,14 @@ def scaled(blocks, largest):
 TABLES = {}
 
 
-def table(levels, device):
+def table(levels: tuple[float, ...] | None, device: torch.device) -> torch.Tensor:
     """`levels`, or S where they are None, in fp32, kept on each device."""
     if (levels, device) not in TABLES:
         TABLES[levels, device] = torch.tensor(levels or scale_levels(), device=device)
     return TABLES[levels, device]
 
 
-def scale_levels():
+def scale_levels() -> list[float]:
     """S: of the decades from 1e-6 to 1, 1, 2, … 64 levels of either sign; 0; and 1."""
     positive = []
     for exponent in range(7):
@@ -121,26 +121,28 @@ def scale_levels():
     return sorted((-positive).tolist() + [0.0, 1.0] + positive.tolist())
 
 
-def dequantize(state, dtype, out=None):
+def dequantize(state: NF4, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """The weight (N, K) of an `NF4` in `dtype`, by (3); written to `out` where that is given."""
     if state.codes.is_cuda:
         return dequantize_triton(state, dtype, out)
     return dequantize_reference(state, dtype, out)
 
 
-def dequantize_reference(state, dtype, out=None):
+def dequantize_reference(
+    state: NF4, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """(3) in torch."""
     weight = decode_blocks(state.codes, decode_scales(state), dtype)
     return weight if out is None else out.copy_(weight)
 
 
-def decode_scales(state):
+def decode_scales(state: NF4) -> torch.Tensor:
     """scale_b of (3), fp32 (N · K / 64,)."""
     scales = table(None, state.absmax.device)[state.absmax.int()]
     return scales * state.nested.repeat_interleave(NESTED_BLOCK)[: len(scales)] + state.offset
 
 
-def decode_blocks(codes, scales, dtype):
+def decode_blocks(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """w of (3), (N, K), from codes (N, K / 2) and the scales of just these rows."""
     levels = table(LEVELS, codes.device)
     pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)  # of each byte
@@ -148,7 +150,9 @@ def decode_blocks(codes, scales, dtype):
     return weight.mul_(scales[:, None]).to(dtype).view(len(codes), -1)
 
 
-def dequantize_triton(state, dtype, out=None):
+def dequantize_triton(
+    state: NF4, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """(3) by the kernel, on CPU tensors too where Triton interprets (TRITON_INTERPRET=1)."""
     N, half = state.codes.shape
     if out is None:
@@ -179,7 +183,7 @@ def dequantize_kernel(codes, absmax, nested, offset, C, S, out, blocks, BLOCKS: 
     tl.store(out + place, weight, mask=real[:, None])
 
 
-def linear(x, state):
+def linear(x: torch.Tensor, state: NF4) -> torch.Tensor:
     """x Wᵀ (T, N) of x (T, K) and an `NF4`, differentiable in x; W is decoded, used and dropped."""
     return linear_op(x, *state, False)
 
@@ -213,12 +217,12 @@ def _(x, codes, absmax, nested, offset, backward):
     return x.new_empty(len(x), 2 * codes.shape[1] if backward else len(codes))
 
 
-def save_state(ctx, inputs, output):
+def save_state(ctx, inputs: tuple, output: torch.Tensor) -> None:
     _, *state, _ = inputs
     ctx.save_for_backward(*state)
 
 
-def linear_backward(ctx, d_out):
+def linear_backward(ctx, d_out: torch.Tensor) -> tuple:
     return linear_op(d_out, *ctx.saved_tensors, True), None, None, None, None, None
 
 

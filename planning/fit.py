@@ -6,8 +6,10 @@ plan.py prints what it says. `available` is always GiB of one GPU that PyTorch c
 
 import bisect
 import dataclasses
+from collections.abc import Callable
 
-from planning.memory import block_weights, memory, stored
+from model import LlamaConfig
+from planning.memory import Layout, block_weights, memory, stored
 from planning.speed import CASTS, gather_bytes
 from program.errors import InputError, amount
 
@@ -18,12 +20,12 @@ NEAR = 0.95  # of what is available: beyond it, a run that fits by this arithmet
 RANK = 64  # of the adapters that are proposed: Tulu 2's QLoRA
 
 
-def fits(config, layout, available):
+def fits(config: LlamaConfig, layout: Layout, available: float) -> bool:
     """Whether the peak is within `available` GiB."""
     return memory(config, layout)["total"] <= available
 
 
-def recompute_needed(config, layout, available):
+def recompute_needed(config: LlamaConfig, layout: Layout, available: float) -> int | None:
     """The fewest last blocks that must be recomputed to fit; None where all are not enough."""
 
     def enough(count):
@@ -36,7 +38,7 @@ def recompute_needed(config, layout, available):
     return bisect.bisect_left(range(blocks), True, key=enough)
 
 
-def fastest(config, layout, available):
+def fastest(config: LlamaConfig, layout: Layout, available: float) -> Layout | None:
     """The layout with `recompute` and `reshard` so that it fits and is fastest; None if none fits.
 
     A rank that holds the whole model keeps its gathered weights. Freed after use, they make room
@@ -58,7 +60,9 @@ def fastest(config, layout, available):
     return min(found)[2] if found else None
 
 
-def changes(config, layout, available, shortest=8192):
+def changes(
+    config: LlamaConfig, layout: Layout, available: float, shortest: int = 8192
+) -> list[tuple[str, Layout]]:
     """What would make a layout fit that does not, the least change first: `[(text, layout)]`.
 
     Each is worked out on its own, with whatever must be recomputed. shortest: tokens of the longest
@@ -100,13 +104,15 @@ def changes(config, layout, available, shortest=8192):
     return [(text + recomputation(text, layout, changed), changed) for text, changed in found]
 
 
-def recomputation(text, layout, changed):
+def recomputation(text: str, layout: Layout, changed: Layout) -> str:
     """What must be said beside a change that needs more recomputed blocks than were asked for."""
     said = changed.recompute <= layout.recompute or text.startswith("--recompute")
     return "" if said else f" with --recompute {changed.recompute}"
 
 
-def combinations(layout, nf4, shortest, enough, grow):
+def combinations(
+    layout: Layout, nf4: dict, shortest: int, enough: Callable, grow: bool
+) -> list[tuple[str, Layout]]:
     """The first of short rows, NF4 or both that fits on these GPUs or, with `grow`, on more."""
     rows = {"row_tokens": shortest, "predicted": min(shortest, layout.predicted)}
     rows |= {"rows": max(2, layout.rows)}
@@ -123,13 +129,15 @@ def combinations(layout, nf4, shortest, enough, grow):
     return []
 
 
-def larger(layout):
+def larger(layout: Layout) -> list[int]:
     """More GPUs than the layout's that its replicas divide: up to 8 of a machine, then machines."""
     counts = [1, 2, 4, *range(8, 1025, 8)]
     return [n for n in counts if n > layout.ranks and n % layout.replicas == 0]
 
 
-def check_fits(config, layout, available, shortest=8192):
+def check_fits(
+    config: LlamaConfig, layout: Layout, available: float, shortest: int = 8192
+) -> tuple[dict[str, float], str | None]:
     """GiB by item where the layout fits, with a warning or None: `(memory, warning)`.
 
     Raises `InputError`, with the least change that would, where it does not.

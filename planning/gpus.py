@@ -33,7 +33,7 @@ class GPU:
     fp32: float = 60e12  # peak without tensor cores, for --dtype float32
 
     @property
-    def gib(self):
+    def gib(self) -> float:
         """GiB that PyTorch can use."""
         return self.reported - CONTEXT
 
@@ -52,13 +52,13 @@ GPUS = {
 MACHINE = 8  # GPUs in one
 
 
-def find_gpu(name):
+def find_gpu(name: str) -> GPU:
     """The `GPU` of that name; raises `InputError` for one that the table lacks."""
     if name.lower() not in GPUS:
         raise InputError(f"--gpu is {name}, expected one of {', '.join(GPUS)}")
     return GPUS[name.lower()]
 
 
-def ring_bandwidth(gpu, ranks):
+def ring_bandwidth(gpu: GPU, ranks: int) -> float:
     """NCCL's bus bandwidth, bytes/s, of a ring through so many neighbouring ranks."""
     return gpu.link if ranks <= MACHINE else min(gpu.link, gpu.network)

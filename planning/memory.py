@@ -18,8 +18,10 @@ tests/planning/test_memory.py compares these with torch's FSDPMemTracker, with t
 torch.compile's partitioner makes, and with the peaks measured on a GPU.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from model import LlamaConfig
 from program.errors import InputError, amount
 
 GIB = 2**30
@@ -48,55 +50,55 @@ class Layout:
     quantize: str | None = None  # nf4: how the frozen projections are held
 
     @property
-    def group(self):
+    def group(self) -> int:
         """Ranks that share one copy of the model."""
         return self.ranks // self.replicas
 
     @property
-    def width(self):
+    def width(self) -> int:
         """Bytes of a number in the compute type."""
         return 4 if self.dtype == "float32" else 2
 
     @property
-    def wrapped(self):
+    def wrapped(self) -> bool:
         """Whether FSDP2 is used at all: a single rank in fp32 has nothing to gather or to cast."""
         return self.ranks > 1 or self.dtype != "float32"
 
     @property
-    def keeps_gathered(self):
+    def keeps_gathered(self) -> bool:
         """Whether all gathered weights stay between forward and backward."""
         return self.group == 1 and not (self.lora_rank if self.reshard is None else self.reshard)
 
 
-def block_matrices(config):
+def block_matrices(config: LlamaConfig) -> list[tuple[int, int]]:
     """(inputs, outputs) of the seven projections of a block."""
     E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
     H, Hk = config.num_attention_heads, config.num_key_value_heads
     return [(E, H * D), (E, Hk * D), (E, Hk * D), (H * D, E), (E, F), (E, F), (F, E)]
 
 
-def block_weights(config):
+def block_weights(config: LlamaConfig) -> int:
     """Weights of one block: its projections and two norms."""
     return sum(a * b for a, b in block_matrices(config)) + 2 * config.hidden_size
 
 
-def root_weights(config):
+def root_weights(config: LlamaConfig) -> int:
     """Weights outside the blocks: embedding, head (unless tied) and the last norm."""
     tables = 1 if config.tie_word_embeddings else 2
     return tables * config.vocab_size * config.hidden_size + config.hidden_size
 
 
-def weights(config):
+def weights(config: LlamaConfig) -> int:
     """All weights of the model."""
     return config.num_hidden_layers * block_weights(config) + root_weights(config)
 
 
-def adapter_weights(config, rank):
+def adapter_weights(config: LlamaConfig, rank: int) -> int:
     """Weights of one block's adapters: A (rank, inputs), B (outputs, rank) each."""
     return sum(rank * (a + b) for a, b in block_matrices(config))
 
 
-def stored(config, layout):
+def stored(config: LlamaConfig, layout: Layout) -> tuple[tuple[int, float], tuple[int, float]]:
     """Of a block and of the root: (trained weights, bytes of frozen ones), of all ranks together.
 
     A trained weight is fp32. A frozen one has 2 bytes or, in a block's projections, NF4's.
@@ -108,7 +110,7 @@ def stored(config, layout):
     return (adapter_weights(config, r), frozen), (0, layout.width * root)
 
 
-def kept(config, layout):
+def kept(config: LlamaConfig, layout: Layout) -> int:
     """Bytes that a block which is not recomputed keeps for backward, of a row.
 
     Compiled, what the partitioner of torch.compile saves: the input, both normalised inputs, the
@@ -124,7 +126,7 @@ def kept(config, layout):
     return attention + rest + 8 * T + adapter_activations(config, layout)
 
 
-def adapter_activations(config, layout):
+def adapter_activations(config: LlamaConfig, layout: Layout) -> int:
     """Bytes that the adapters keep: their input after dropout, and the product with A."""
     r, b = layout.lora_rank, layout.width
     if not r:
@@ -133,7 +135,7 @@ def adapter_activations(config, layout):
     return b * layout.row_tokens * (inputs + 7 * r)
 
 
-def working_set(config, layout):
+def working_set(config: LlamaConfig, layout: Layout) -> int:
     """Bytes that the block at work needs in backward beside what it kept, of a row.
 
     At SwiGLU, the widest place: the gradients of the product, of gate and of up, of which eager
@@ -146,7 +148,7 @@ def working_set(config, layout):
     return b * T * ((3 if layout.compile else 2) * F + E) + decoded
 
 
-def check_layout(config, layout):
+def check_layout(config: LlamaConfig, layout: Layout) -> None:
     """Raise `InputError` unless the model's blocks and the ranks can be laid out so."""
     L = config.num_hidden_layers
     if not 0 <= layout.recompute <= L:
@@ -160,7 +162,7 @@ def check_layout(config, layout):
         )
 
 
-def moments(config, layout):
+def moments(config: LlamaConfig, layout: Layout) -> Iterator[tuple[str, dict[str, float]]]:
     """`(name, {item: bytes})` of every moment of an update's last row, on one rank."""
     L, E, T, b = config.num_hidden_layers, config.hidden_size, layout.row_tokens, layout.width
     group, all_kept, stream = layout.group, layout.keeps_gathered, b * E * T
@@ -209,7 +211,7 @@ def moments(config, layout):
     yield moment("optimizer", 0, full, 0, 0)
 
 
-def loss_bytes(config, layout):
+def loss_bytes(config: LlamaConfig, layout: Layout) -> int:
     """Bytes of head and loss: hidden states and their gradient, the head's gradient in fp32 beside
     a chunk of logits or its copy in the compute type (kernels/cross_entropy.py)."""
     V, E, N, b = config.vocab_size, config.hidden_size, layout.predicted, layout.width
@@ -217,7 +219,7 @@ def loss_bytes(config, layout):
     return 2 * b * N * E + 4 * V * E + max(4 * rows * V, b * V * E)
 
 
-def reserve(layout, tensors):
+def reserve(layout: Layout, tensors: float) -> float:
     """Bytes for what no arithmetic knows, beside `tensors` bytes: an allowance, not a measurement.
 
     The gaps that the caching allocator cannot use (rows differ in length): 3 %. cuBLAS's two
@@ -227,12 +229,12 @@ def reserve(layout, tensors):
     return 0.03 * tensors + (64 << 20) + (1.5 * GIB if layout.ranks > 1 else 0)
 
 
-def peak(config, layout):
+def peak(config: LlamaConfig, layout: Layout) -> tuple[str, dict[str, float]]:
     """`(moment, {item: bytes})` at the moment when the tensors of an update take the most."""
     return max(moments(config, layout), key=lambda moment: sum(moment[1].values()))
 
 
-def memory(config, layout):
+def memory(config: LlamaConfig, layout: Layout) -> dict[str, float]:
     """GiB of one GPU by item, at the peak, and their `total`; `other` is reduce and reserve.
 
     Raises `InputError` where --replicas does not divide the ranks, or --recompute exceeds the

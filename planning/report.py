@@ -2,7 +2,12 @@
 
 import dataclasses
 
+from model import LlamaConfig
 from planning import fit, memory, speed, updates
+from planning.gpus import GPU
+from planning.memory import Layout
+from planning.speed import Row
+from planning.updates import Lengths, Updates
 from program.errors import amount
 
 BAR = 60  # characters of the bar that stands for a GPU's memory
@@ -26,7 +31,10 @@ MEANING = {
 }
 
 
-def figures(stage, config, layout, gpu, lengths, schedule, recompute=None):
+def figures(
+    stage: str, config: LlamaConfig, layout: Layout, gpu: GPU, lengths: Lengths, schedule: dict,
+    recompute: int | None = None,
+) -> dict:  # fmt: skip
     """The record of one stage ("sft" or "dpo"), by the keys of plan.json.
 
     config: of the model; layout: flags that the user has set; lengths: `Lengths`; schedule: a dict
@@ -73,7 +81,10 @@ TIMES = (
 )  # fmt: skip
 
 
-def times(stage, config, layout, gpu, lengths, planned, schedule):
+def times(
+    stage: str, config: LlamaConfig, layout: Layout, gpu: GPU, lengths: Lengths, planned: Updates,
+    schedule: dict,
+) -> dict:  # fmt: skip
     """The figures of time: means of the updates that were planned."""
     parts, flops, slowest = {}, 0, 0
     for rows in planned.rows:
@@ -81,7 +92,8 @@ def times(stage, config, layout, gpu, lengths, planned, schedule):
             parts[name] = parts.get(name, 0) + seconds / len(planned.rows)
         ranks = [sum(row.tokens for row in rank) for rank in rows]
         slowest += max(ranks) / (sum(ranks) / len(ranks)) / len(planned.rows)
-        flops += sum(model_flops(config, row) for rank in rows for row in rank) / len(planned.rows)
+        each = [model_flops(config, row, layout.lora_rank) for rank in rows for row in rank]
+        flops += sum(each) / len(planned.rows)
     seconds = sum(parts.values())
     count = min(planned.total, schedule["max_steps"] or planned.total)
     hours = count * seconds / 3600
@@ -100,14 +112,14 @@ def times(stage, config, layout, gpu, lengths, planned, schedule):
     }
 
 
-def model_flops(config, row):
+def model_flops(config: LlamaConfig, row: Row, lora_rank: int = 0) -> float:
     """As `model_flops` of training/update.py, of a row."""
     attention = 6 * row.squares * config.num_attention_heads * config.head_dim
-    products = speed.matrix_flops(config, memory.Layout(), row)
+    products = speed.matrix_flops(config, memory.Layout(lora_rank=lora_rank), row)
     return sum(products) + config.num_hidden_layers * attention
 
 
-def bar(gib, available):
+def bar(gib: dict[str, float], available: float) -> str:
     """One line: each item's letter for its share of the GPU's memory, dots for what is free."""
     scale = BAR / max(available, gib["total"])
     text, filled = "", 0.0
@@ -118,7 +130,7 @@ def bar(gib, available):
     return f"[{text[:room]:.<{room}}]{text[room:]}"
 
 
-def table(record, price=None):
+def table(record: dict, price: float | None = None) -> list[str]:
     """The record as lines for a person."""
     gib, available = record["gib"], record["gib_available"]
     gpus = f"{record['gpus']} x {record['gpu']}"
@@ -147,7 +159,7 @@ def table(record, price=None):
     return lines + ["", *time_lines(record, price)]
 
 
-def time_lines(record, price):
+def time_lines(record: dict, price: float | None) -> list[str]:
     """The lines of time and cost."""
     lines, seconds = [], record["seconds_per_update"]
     for name, part in record["seconds_by_part"].items():

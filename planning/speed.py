@@ -21,8 +21,9 @@ lasts (FSDP2 gathers a block ahead); no measurement of it on several GPUs has be
 
 from dataclasses import dataclass
 
-from planning.gpus import MACHINE, ring_bandwidth
-from planning.memory import adapter_weights, block_matrices, block_weights, stored
+from model import LlamaConfig
+from planning.gpus import GPU, MACHINE, ring_bandwidth
+from planning.memory import Layout, adapter_weights, block_matrices, block_weights, stored
 
 MATRIX = 0.780  # of the datasheet's peak: 862 TFLOP in 1,117 ms at 989 TFLOP/s
 MEMORY = 0.896  # of the datasheet's bandwidth: a copy at 4.3 of 4.8 TB/s
@@ -49,7 +50,7 @@ class Row:
     predicted: int  # trained tokens
 
 
-def matrix_flops(config, layout, row):
+def matrix_flops(config: LlamaConfig, layout: Layout, row: Row) -> tuple[int, int]:
     """FLOPs of the matrix products of (forward, backward); the head counts as backward.
 
     Without recomputation and with attention's they are `model_flops` of training/update.py.
@@ -57,21 +58,21 @@ def matrix_flops(config, layout, row):
     """
     L, V, E = config.num_hidden_layers, config.vocab_size, config.hidden_size
     matrices = sum(a * b for a, b in block_matrices(config))
-    forward = 2 * L * matrices * row.tokens
+    forward, head = 2 * L * matrices * row.tokens, 2 * V * E * row.predicted
     if not layout.lora_rank:
-        return forward, 2 * forward + 6 * V * E * row.predicted
+        return forward, 2 * forward + 3 * head
     adapters = 2 * L * adapter_weights(config, layout.lora_rank) * row.tokens
-    return forward + adapters, forward + 2 * adapters + 6 * V * E * row.predicted
+    return forward + adapters, forward + 2 * adapters + 2 * head
 
 
-def attention_seconds(config, gpu, row):
+def attention_seconds(config: LlamaConfig, gpu: GPU, row: Row) -> list[float]:
     """Seconds of (forward, backward) of all layers' attention."""
     heads = config.num_attention_heads * config.num_hidden_layers * config.head_dim / 128
     scale = heads * ATTENTION * TUNED_FOR / gpu.flops
     return [scale * (a * row.squares + b * row.tokens) for a, b in (FORWARD, BACKWARD)]
 
 
-def pointwise_bytes(config, layout, row):
+def pointwise_bytes(config: LlamaConfig, layout: Layout, row: Row) -> tuple[int, int]:
     """Bytes of (forward, backward) of norms, rotation, SwiGLU and sums, fused as the compiler does.
 
     In numbers a token and layer. Forward: both norms and sums 9 E; rotation 2 (H + Hk) D; SwiGLU
@@ -84,7 +85,7 @@ def pointwise_bytes(config, layout, row):
     return eager * numbers * (9 * E + heads + 3 * F), eager * numbers * (12 * E + heads + 5 * F)
 
 
-def gather_bytes(layout, trained, frozen):
+def gather_bytes(layout: Layout, trained: int, frozen: float) -> float:
     """Bytes that FSDP2 reads and writes on one rank to gather some weights once.
 
     trained: weights; frozen: bytes of others. A trained weight's share is cast (4 + 2) and, with
@@ -97,7 +98,7 @@ def gather_bytes(layout, trained, frozen):
     return share + 2 * (b * trained + frozen)
 
 
-def cast_bytes(config, layout, row_number):
+def cast_bytes(config: LlamaConfig, layout: Layout, row_number: int) -> tuple[float, float]:
     """Bytes that FSDP2 copies in one row on one rank: (forward, backward).
 
     Weights as in `gather_bytes`, the blocks' a second time where they are freed after forward. A
@@ -115,14 +116,14 @@ def cast_bytes(config, layout, row_number):
     return blocks + gather_bytes(layout, *root), reduce + again
 
 
-def decode_bytes(config, layout):
+def decode_bytes(config: LlamaConfig, layout: Layout) -> float:
     """Bytes of decoding NF4 once for each pass through the blocks: read half a byte, write two."""
     if not layout.quantize:
         return 0
     return 2.52 * config.num_hidden_layers * block_weights(config)
 
 
-def exchange(config, layout, gpu):
+def exchange(config: LlamaConfig, layout: Layout, gpu: GPU) -> tuple[float, float, float]:
     """Seconds of a row's exchange: (forward, backward, that of one block at either end).
 
     Rings (Patarasuk and Yuan 2009): gathering or reducing M bytes over n ranks takes M (n - 1) / n
@@ -147,7 +148,9 @@ def exchange(config, layout, gpu):
     return forward, backward, (forward + backward) / L
 
 
-def row_seconds(config, layout, gpu, row, row_number=0):
+def row_seconds(
+    config: LlamaConfig, layout: Layout, gpu: GPU, row: Row, row_number: int = 0
+) -> dict[str, float]:
     """Seconds of one row: `{part: seconds}`; parts are those of the table above and `exchange`."""
     rate = MATRIX * (gpu.flops if layout.dtype != "float32" else gpu.fp32)
     speed = MEMORY * gpu.bandwidth
@@ -176,7 +179,7 @@ def row_seconds(config, layout, gpu, row, row_number=0):
     return parts | {"waiting for the host": max(0, host)}
 
 
-def optimizer_seconds(config, layout, gpu):
+def optimizer_seconds(config: LlamaConfig, layout: Layout, gpu: GPU) -> float:
     """AdamW and clipping: each rank's share of the trained weights, 40 bytes each.
 
     Weight, gradient, moments: 28; the norm reads the gradients (4), and a clipped update scales
@@ -188,7 +191,9 @@ def optimizer_seconds(config, layout, gpu):
     return OPTIMIZER * size / (MEMORY * gpu.bandwidth)
 
 
-def update_seconds(config, layout, gpu, rows):
+def update_seconds(
+    config: LlamaConfig, layout: Layout, gpu: GPU, rows: list[list[Row]]
+) -> dict[str, float]:
     """Seconds of one update by part; rows: one list of `Row` for each rank, equally many.
 
     Every row ends together on all ranks, since they exchange weights: the slowest counts.
@@ -204,9 +209,13 @@ def update_seconds(config, layout, gpu, rows):
     return parts
 
 
-def forward_seconds(config, layout, gpu, rows):
-    """Seconds of one forward pass over rows: DPO's reference. A third of the matrix products."""
+def forward_seconds(config: LlamaConfig, layout: Layout, gpu: GPU, rows: list[list[Row]]) -> float:
+    """Seconds of one forward pass over rows: DPO's reference.
+
+    A third of the matrix products or, where weights are frozen, half.
+    """
     total = 0.0
     for same in zip(*rows, strict=True):
         total += max(sum(row_seconds(config, layout, gpu, row).values()) for row in same)
-    return total / (3 + layout.recompute / config.num_hidden_layers)
+    passes = 2 if layout.lora_rank else 3
+    return total / (passes + layout.recompute / config.num_hidden_layers)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data import plan_rows, update_count, update_members
+from model import LlamaConfig
 from planning.speed import Row
 from program.errors import InputError
 
@@ -28,17 +29,17 @@ class Lengths:
     shared: np.ndarray
 
     @property
-    def in_rows(self):
+    def in_rows(self) -> np.ndarray:
         """(records,): the tokens of a record in a row, in which a pair's prompt stands once."""
         return (self.tokens - self.shared).sum(1)
 
     @property
-    def squares(self):
+    def squares(self) -> np.ndarray:
         """(records,): the sum of the squared lengths, less what is counted once."""
         return (self.tokens**2 - self.shared**2).sum(1)
 
 
-def mixture():
+def mixture() -> Lengths:
     """326,154 conversations with the lengths that the paper states of the Tulu V2 mixture.
 
     Quartiles 230 and 1,464, mean 1,097, 63,900 above 2,048 and 20 above 8,192 (Ivison et al. 2023,
@@ -52,7 +53,7 @@ def mixture():
     return spread("the Tulu V2 mixture (lengths by the paper's figures)", quantiles[:, None], 0.6)
 
 
-def ultrafeedback():
+def ultrafeedback() -> Lengths:
     """61,966 pairs of prompts of 185 and answers of 305 tokens on average, spread like chats.
 
     The means are recalled figures of UltraFeedback (binarized, November 2023), not counted; the
@@ -68,21 +69,21 @@ def ultrafeedback():
     return Lengths(name, prompt + answers, answers, shared)
 
 
-def spread(name, tokens, share):
+def spread(name: str, tokens: np.ndarray, share: float) -> Lengths:
     """`Lengths` (records, sequences) with the same share of each record's tokens trained."""
     tokens = tokens.astype(np.int64)
     trained = np.maximum(1, tokens * share).astype(np.int64)
     return Lengths(name, tokens, trained, np.zeros_like(tokens))
 
 
-def cut(lengths, max_seq_len):
+def cut(lengths: Lengths, max_seq_len: int) -> Lengths:
     """The same, with sequences cut at so many tokens."""
     tokens = np.minimum(lengths.tokens, max_seq_len)
     trained, shared = (np.minimum(part, tokens) for part in (lengths.trained, lengths.shared))
     return Lengths(lengths.name, tokens, trained, shared)
 
 
-def check_rows(lengths, micro_tokens):
+def check_rows(lengths: Lengths, micro_tokens: int) -> None:
     """Raise `InputError` where the longest record does not fit into one row."""
     longest = int(lengths.in_rows.max())
     if longest > micro_tokens:
@@ -102,7 +103,10 @@ class Updates:
     tokens: float  # of an update, on average, all ranks together
 
 
-def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, seed=42):
+def sample_updates(
+    lengths: Lengths, batch_size: int, epochs: int, micro_tokens: int, ranks: int,
+    config: LlamaConfig, seed: int = 42,
+) -> Updates:  # fmt: skip
     """The rows of up to `SAMPLE` updates of the run, planned as the loops plan them."""
     _, total = update_count(len(lengths.tokens), batch_size, epochs)
     count = len(lengths.tokens)
@@ -122,7 +126,10 @@ def sample_updates(lengths, batch_size, epochs, micro_tokens, ranks, config, see
     return Updates(rows, extreme_rows, total, tokens[steps].mean())
 
 
-def largest_rows(sizes, trained, squares, ranks, micro_tokens, hidden_size):
+def largest_rows(
+    sizes: np.ndarray, trained: np.ndarray, squares: np.ndarray, ranks: int, micro_tokens: int,
+    hidden_size: int,
+) -> tuple[int, int, int]:  # fmt: skip
     """(tokens of the longest row, most trained tokens of a row, most rows of a rank) of updates.
 
     sizes, trained and squares (updates, records of an update) are `plan_rows`'s of data.py, whose
@@ -154,12 +161,12 @@ def largest_rows(sizes, trained, squares, ranks, micro_tokens, hidden_size):
     return micro_tokens - free[free >= 0].min(), predicted.max(), begun.max()
 
 
-def row_of(tokens, squares, trained):
+def row_of(tokens: np.ndarray, squares: np.ndarray, trained: np.ndarray) -> Row:
     """The `Row` of records, all (n,); an empty one is 1 token."""
     return Row(max(1, int(tokens.sum())), int(squares.sum()), int(trained.sum()))
 
 
-def extent(updates, micro_tokens):
+def extent(updates: Updates, micro_tokens: int) -> tuple[int, int, int]:
     """(tokens of the longest row, most rows of a rank, trained tokens of a row): for memory.
 
     Of the updates that were planned; a tenth more for the others, at most --micro-tokens.

@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from typing import NoReturn
 
 from tqdm import tqdm
 
@@ -24,7 +26,7 @@ class RunError(RuntimeError):
 
 
 @contextlib.contextmanager
-def reported(less_memory=""):
+def reported(less_memory: str = "") -> Iterator[None]:
     """Turn such an error into one line `error: …` and an exit status.
 
     less_memory: what the user can do where the memory, of a GPU as a rule, is out.
@@ -56,7 +58,7 @@ def reported(less_memory=""):
         end(1 if isinstance(error, RunError) else 2)
 
 
-def end(status):
+def end(status: int | None) -> NoReturn:
     """End the process, without Python's shutdown.
 
     The threads of a process group outlive it. The shutdown would wait for groups that other ranks
@@ -69,7 +71,7 @@ def end(status):
     os._exit(status or 0)
 
 
-def usable_streams():
+def usable_streams() -> None:
     """Give the program a standard input and outputs, whatever it was started with.
 
     One that is closed (`<&-`) becomes the null device. A terminal that cannot show a character (a
@@ -82,7 +84,7 @@ def usable_streams():
         sys.stdout.reconfigure(errors="replace")
 
 
-def out_of_memory(error):
+def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left.
 
     torch has `torch.OutOfMemoryError`, but its errors of the CPU's memory, of cuBLAS, NCCL and the
@@ -95,7 +97,7 @@ def out_of_memory(error):
     )
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The error's text on one line; for an `OSError`, its reason, after the path if any.
 
     Characters that are not printable are written as escapes: a text of the user's files may hold a
@@ -107,7 +109,7 @@ def one_line(error):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
 
 
-def amount(number, plural):
+def amount(number: int, plural: str) -> str:
     """`1 pair`, `2 pairs`, `1 query`: a number as it is said to a user."""
     if number == 1:
         plural = plural.removesuffix("s")

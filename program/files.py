@@ -15,7 +15,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from program.errors import InputError
 
@@ -24,7 +26,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextlib.contextmanager
-def written_aside(path, mode="w"):
+def written_aside(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """A new file that takes the name `path` when the block ends; after a failure nothing is left.
 
     mode: "w" for UTF-8 text, "wb" for bytes. Of several processes one writes at a time.
@@ -45,7 +47,7 @@ def written_aside(path, mode="w"):
 
 
 @contextlib.contextmanager
-def folder_written_aside(path):
+def folder_written_aside(path: str | Path) -> Iterator[Path]:
     """A new folder that takes the name `path`, and the place of what stood there, at the end."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -60,14 +62,14 @@ def folder_written_aside(path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def fsync(path):
+def fsync(path: str | Path) -> None:
     """Make a file, or the renames inside a folder, survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def digest(path):
+def digest(path: str | Path) -> list:
     """[bytes, SHA-256] of a file."""
     sha, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
@@ -77,13 +79,13 @@ def digest(path):
     return [size, sha.hexdigest()]
 
 
-def whole_lines(path):
+def whole_lines(path: str | Path) -> list[bytes]:
     """The lines of a file, as bytes; a last one that a kill cut short is left out."""
     content = Path(path).read_bytes()
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
 
 
-def read_object(path):
+def read_object(path: str | Path) -> dict:
     """The JSON object that a file holds; raises `InputError` for any other content."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -94,7 +96,7 @@ def read_object(path):
     return value
 
 
-def lock(handle, patience=math.inf):
+def lock(handle: IO | int, patience: float = math.inf) -> bool:
     """Lock an open file until it is closed; False where another process holds it.
 
     patience: seconds to wait for that process. Some file systems, NFS among them, refuse to lock
@@ -117,7 +119,7 @@ def lock(handle, patience=math.inf):
 
 
 @functools.cache  # once
-def warn_of_no_locks():
+def warn_of_no_locks() -> None:
     if int(os.environ.get("RANK", 0)) == 0:  # of a run's processes, one
         print(
             "warning: a file system here has no locks: start no other program that writes to the "
@@ -127,7 +129,7 @@ def warn_of_no_locks():
         )
 
 
-def open_locked(path, patience=math.inf):
+def open_locked(path: str | Path, patience: float = math.inf) -> IO | None:
     """The file `path`, open and locked; its holder renames or unlinks it, then closes it.
 
     None where another process holds it for longer than `patience` seconds.
@@ -148,7 +150,7 @@ def open_locked(path, patience=math.inf):
         file.close()  # gone while we waited: others may hold a new file of that name
 
 
-def hold(handle, path, patience=15):
+def hold(handle: IO | int, path: str | Path, patience: float = 15) -> IO | int:
     """Hold an output, `path`, until this process ends; raises `InputError` where another run does.
 
     A run that was just killed may need a moment to die: `patience` seconds.
@@ -158,7 +160,7 @@ def hold(handle, path, patience=15):
     return handle
 
 
-def hold_file(file, path, patience=15):
+def hold_file(file: str | Path, path: str | Path, patience: float = 15) -> IO:
     """Hold an output, `path`, as `hold` does, by locking `file`, which is made for that."""
     handle = open_locked(file, patience)
     if handle is None:

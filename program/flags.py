@@ -40,7 +40,6 @@ BOUNDS = {
     "lora_alpha": (0, math.inf),
     "lora_dropout": (0, 1),
     "projection": (1, math.inf),
-    "probe_rank": (1, math.inf),
     "warmup_share": (0, 1),
     "warmup_epochs": (1, math.inf),
     "warmup_lr": (0, math.inf),
@@ -56,7 +55,7 @@ BOUNDS = {
 }
 # Bounds that are not allowed.
 EXCLUDED = {"lr": 0, "beta": 0, "beta1": 1, "beta2": 1, "eval_share": 1, "top_p": 0}
-EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1, "warmup_share": 0}
+EXCLUDED |= {"lora_alpha": 0, "lora_dropout": 1, "warmup_share": 0, "warmup_lr": 0}
 
 # What a flag that is a word may say.
 WORDS = {"dtype": ("bfloat16", "float32"), "too_long": ("cut", "drop", "error")}
@@ -93,7 +92,7 @@ MAY_BE_EMPTY = {"prompt", "system"}  # texts
 METAVARS = {"tasks": "TASK", "stop": "TEXT", "sources": "NAME", "make_queries": "TASK"}
 
 
-def parse_args(config_class, argv=None):
+def parse_args(config_class: type, argv: list[str] | None = None) -> dict:
     """The flags on the command line, as a dict. Raises `InputError` for an unknown or bad flag.
 
     Every field of the dataclass is a flag, and the comment behind the field is the flag's help.
@@ -144,7 +143,7 @@ def parse_args(config_class, argv=None):
     return flags
 
 
-def check_flags(config):
+def check_flags(config) -> None:
     """Raise `InputError` for a flag of sft.py or dpo.py with a bad value."""
     check_bounds(config)
     if (config.model is None) != (config.data is None):
@@ -160,7 +159,7 @@ def check_flags(config):
         raise InputError(f"--export-every is {every}, expected an integer from 1 up, or epoch")
 
 
-def check_bounds(config):
+def check_bounds(config) -> None:
     """Raise `InputError` for a flag of any script outside its `BOUNDS` or `WORDS`."""
     for name, value in dataclasses.asdict(config).items():
         if name in WORDS and value not in (None, *WORDS[name]):
@@ -178,7 +177,7 @@ def check_bounds(config):
             raise InputError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
 
 
-def resolve(config, device):
+def resolve(config, device) -> typing.Any:
     """The config, with its device-dependent defaults filled in.
 
     A GPU's `recompute` stays None: training/fit.py knows, once model and data are known.
@@ -190,7 +189,7 @@ def resolve(config, device):
     return dataclasses.replace(config, **missing)
 
 
-def run_facts(config):
+def run_facts(config) -> dict:
     """The flags that decide what a run computes: what tells it from another run."""
     facts = dataclasses.asdict(config)
     facts = {name: value for name, value in facts.items() if name not in MAY_CHANGE_ON_RESUME}

@@ -21,13 +21,13 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device):
+def peak_flops(device: torch.device) -> float | None:
     """The GPU's dense bf16 peak in FLOP/s; None for a CPU or a GPU that the table lacks."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
-def peak_memory_gib(device):
+def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far: allocated on the GPU, or resident in this process on CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
@@ -35,7 +35,9 @@ def peak_memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes / 2**30
 
 
-def on_device(values, device, dtype=torch.long):
+def on_device(
+    values: torch.Tensor | list, device: torch.device, dtype: torch.dtype = torch.long
+) -> torch.Tensor:
     """A tensor on `device`, of a list or of a tensor on the host, which does not wait for a GPU.
 
     It would, were the values in ordinary memory: they are copied to pinned memory first.
@@ -46,7 +48,7 @@ def on_device(values, device, dtype=torch.long):
     return values.to(device)
 
 
-def environment(device, world):
+def environment(device: torch.device, world: int) -> dict:
     """Hardware and versions, for the log."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {

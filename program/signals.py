@@ -5,11 +5,12 @@ import os
 import signal
 import sys
 import time
+from typing import TextIO
 
 ONE_WISH = 5  # seconds in which signals of one kind are one wish to stop
 
 
-def watch_signals():
+def watch_signals() -> list[int]:
     """A list to which SIGTERM, SIGINT, SIGHUP and SIGUSR1 are added, each kind once.
 
     The loops look at the list once an update: they save and stop where it is not empty. A batch
@@ -42,19 +43,19 @@ def watch_signals():
 class LastingOutput:
     """A text stream that drops what cannot be written: its terminal or its reader is gone."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: "TextIO | LastingOutput") -> None:
         self.stream = getattr(stream, "lasting", stream)
         self.lasting = self.stream
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         try:
             return self.stream.write(text)
         except OSError:
             return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         with contextlib.suppress(OSError):
             self.stream.flush()

@@ -5,10 +5,11 @@ import os
 import signal
 import threading
 from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 
-def in_order(encode, batches, size):
+def in_order(encode: Callable, batches: Iterable[tuple], size: int) -> Iterator[tuple]:
     """`(encode(first, batch), done)` of every `(first, batch, done)`, in their order, on all cores.
 
     No more batches are read than the workers can soon take, so memory stays bounded. Processes are
@@ -32,7 +33,7 @@ def in_order(encode, batches, size):
             yield future.result(), done
 
 
-def follow_parent():
+def follow_parent() -> None:
     """In a worker: leave Ctrl-C to the process that started it, and end when that process ends."""
 
     def wait():

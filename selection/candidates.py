@@ -5,15 +5,19 @@ The files are read one record at a time. In memory stay two short texts a candid
 
 import hashlib
 import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
 
 import numpy as np
 
 from program.files import written_aside
 from tokens import readers
+from tokens.documents import Documents
 from tokens.shapes import FIELDS, conversation, is_pair, pair, texts
+from tokens.tokenizer import Tokenizer
 
 
-def encode_query(record, tokenizer):
+def encode_query(record: dict, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """`[(ids, trained)]` of a conversation or, for a pair, of its prompt with the chosen answer."""
     if not is_pair(record):
         return [tokenizer.encode(conversation(record))]
@@ -23,7 +27,7 @@ def encode_query(record, tokenizer):
     return [(ids, [False] * answer + trained[answer:])]
 
 
-def records_of(documents, fields):
+def records_of(documents: Documents, fields: Collection[str]) -> Iterator[dict]:
     """The record of each document, in their order; of a file of columns, only `fields`."""
     wanted = set(zip(documents.file[:, 0].tolist(), documents.numbers[:, 0].tolist(), strict=True))
     for file, path in enumerate(documents.paths):
@@ -32,7 +36,7 @@ def records_of(documents, fields):
                 yield record
 
 
-def describe(documents):
+def describe(documents: Documents) -> tuple[list[str], list, np.ndarray]:
     """(sources, ids, original) of all candidates.
 
     sources: the record's `dataset`, or else the name of its file. original (n,) int64: the first
@@ -49,7 +53,7 @@ def describe(documents):
     return sources, ids, np.array(original, np.int64)
 
 
-def tasks_of(queries):
+def tasks_of(queries: Documents) -> list[str]:
     """The task of each query: its `task`, or `dataset`, or the name of its file."""
     tasks = []
     for i, record in enumerate(records_of(queries, {*FIELDS, "task", "dataset"})):
@@ -59,7 +63,7 @@ def tasks_of(queries):
     return tasks
 
 
-def write_kept(path, documents, chosen):
+def write_kept(path: Path, documents: Documents, chosen: np.ndarray) -> None:
     """Write the records `chosen` to a `.jsonl`, in the data's order and as they stand there."""
     places = zip(documents.file[chosen, 0].tolist(), documents.numbers[chosen, 0], strict=True)
     wanted = {(file, int(number)) for file, number in places}
@@ -71,14 +75,17 @@ def write_kept(path, documents, chosen):
                         out.write(line_of(raw))
 
 
-def line_of(raw):
+def line_of(raw: object) -> bytes:
     """A record's line: its own bytes where it has some, else what it holds as JSON."""
     if isinstance(raw, bytes):
         return raw.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"
     return json.dumps(raw, ensure_ascii=False, default=str).encode() + b"\n"
 
 
-def write_scores(path, documents, sources, ids, best, query, chosen):
+def write_scores(
+    path: Path, documents: Documents, sources: list[str], ids: list, best: np.ndarray,
+    query: np.ndarray | None, chosen: np.ndarray,
+) -> None:  # fmt: skip
     """Write FILE.scores.jsonl: one line a candidate, kept or not, in the order of the data.
 
     record: the line, or the place, from 1 in its file; several files: its name, too. score, and

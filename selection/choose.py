@@ -9,19 +9,21 @@ Source: Ivison et al. 2025 (arXiv 2503.01807), section 3; get_top_*.py of
 hamishivi/automated-instruction-selection.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 SELECTIONS = ("tasks", "queries", "global")
 
 
-def ranking(scores, allowed, keep):
+def ranking(scores: np.ndarray, allowed: np.ndarray, keep: int) -> np.ndarray:
     """The best `keep` of the candidates `allowed` (n,) bool by scores (n,), the best first."""
     candidates = np.flatnonzero(allowed)
     order = np.argsort(-scores[candidates], kind="stable")
     return candidates[order[:keep]]
 
 
-def round_robin(rankings, keep):
+def round_robin(rankings: list[np.ndarray], keep: int) -> np.ndarray:
     """`keep` candidates: in turn, each ranking gives its best that no other has given.
 
     A ranking has to hold its best `keep` only: it never passes over more than are taken. One that
@@ -39,7 +41,10 @@ def round_robin(rankings, keep):
     return np.array(list(taken), np.int64)
 
 
-def by_queries(scores, tasks, allowed, keep, select, mean=False):
+def by_queries(
+    scores: np.ndarray, tasks: Sequence[str], allowed: np.ndarray, keep: int, select: str,
+    mean: bool = False,
+) -> np.ndarray:  # fmt: skip
     """`keep` candidates of `allowed` by their scores (queries, candidates).
 
     select: "queries", round-robin over the queries; "tasks", round-robin over the tasks of the
@@ -58,7 +63,7 @@ def by_queries(scores, tasks, allowed, keep, select, mean=False):
     return round_robin(rankings, keep)
 
 
-def task_scores(scores, tasks, task, mean):
+def task_scores(scores: np.ndarray, tasks: Sequence[str], task: str, mean: bool) -> np.ndarray:
     """Scores (candidates,) for one task; one query's row is in memory at a time."""
     total = None
     rows = [q for q, name in enumerate(tasks) if name == task]
@@ -68,7 +73,7 @@ def task_scores(scores, tasks, task, mean):
     return total / len(rows) if mean else total
 
 
-def best_queries(scores):
+def best_queries(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of each candidate the largest score, and the query that gives it, the first of equals."""
     best, query = np.array(scores[0]), np.zeros(scores.shape[1], np.int64)
     for q in range(1, len(scores)):
@@ -77,7 +82,9 @@ def best_queries(scores):
     return best, query
 
 
-def by_source(scores, sources, allowed, keep):
+def by_source(
+    scores: np.ndarray, sources: Sequence[str], allowed: np.ndarray, keep: int
+) -> np.ndarray:
     """`keep` candidates, as many of each source as there are, each source's by scores (n,)."""
     sources = np.array(sources)
     names = dict.fromkeys(sources.tolist())

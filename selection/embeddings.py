@@ -17,15 +17,16 @@ import torch.nn.functional as F
 
 from data import pack_row
 from kernels.attention import attention
+from model import Llama
 
 
-def row_tensors(sequences, device):
+def row_tensors(sequences: list[tuple], device: torch.device) -> dict[str, torch.Tensor]:
     """The arrays of a packed row of `sequences`, on `device`."""
     return {name: torch.from_numpy(a).to(device) for name, a in pack_row(sequences).items()}
 
 
 @torch.no_grad()
-def embeddings(model, sequences, device):
+def embeddings(model: Llama, sequences: list[tuple], device: torch.device) -> torch.Tensor:
     """(1) of each sequence of a row, scaled to length 1: (n, E) fp32 on `device`."""
     row = row_tensors(sequences, device)
     seen = {name: row[name] for name in ("doc_start", "doc_end", "tiles")}
@@ -39,19 +40,19 @@ def embeddings(model, sequences, device):
 
 
 @torch.no_grad()
-def answer_losses(model, sequences, device):
+def answer_losses(model: Llama, sequences: list[tuple], device: torch.device) -> torch.Tensor:
     """Mean negative log-likelihood of each sequence's trained tokens: (n,) fp32, nats."""
     nll = model(**row_tensors(sequences, device))  # (N,)
     parts = nll.split([int(np.count_nonzero(trained)) for _, trained in sequences])
     return torch.stack([part.mean() for part in parts])
 
 
-def perplexity(model, sequences, device):
+def perplexity(model: Llama, sequences: list[tuple], device: torch.device) -> torch.Tensor:
     """exp of the answer's mean loss after its prompt: (n,)."""
     return answer_losses(model, sequences, device).exp()
 
 
-def ifd(model, sequences, device):
+def ifd(model: Llama, sequences: list[tuple], device: torch.device) -> torch.Tensor:
     """How little the prompt helps: the answer's perplexity after it, over that of the answer alone.
 
     Li et al. 2023 (arXiv 2308.12032), equation 3. Alone: BOS and all trained tokens after it.
@@ -61,7 +62,7 @@ def ifd(model, sequences, device):
     return (losses - answer_losses(model, alone, device)).exp()
 
 
-def without_prompt(ids, trained):
+def without_prompt(ids: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """BOS and the trained tokens of a sequence, as a sequence."""
     answer = np.concatenate([ids[:1], ids[trained]])
     return answer, np.arange(len(answer)) > 0

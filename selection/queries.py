@@ -5,14 +5,17 @@ training question a language: as in Ivison et al. 2025 (arXiv 2503.01807), in th
 evaluations. HumanEval has no examples: the paper takes 16 of its test problems, and ours does not.
 """
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from evals import bbh, gsm8k, mmlu, tydiqa
 from evals.harness import Options, published
 from program.errors import InputError
+from program.files import written_aside
 
 
-def mmlu_queries(folder):
+def mmlu_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted((folder / "dev").glob("*_dev.csv")):
         subject = path.name.removesuffix("_dev.csv")
         about = subject.replace("_", " ")
@@ -22,13 +25,13 @@ def mmlu_queries(folder):
             yield subject, text + mmlu.question_text(question), answer
 
 
-def gsm8k_queries(folder):
+def gsm8k_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     for example in gsm8k.EXAMPLES:
         question = f"Answer the following question.\n\nQuestion: {example['question']}"
         yield "example", question, f"Answer: {example['answer']}"
 
 
-def bbh_queries(folder):
+def bbh_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     for path in sorted(published(folder, "cot-prompts").glob("*.txt")):
         beginning, shots = bbh.examples(path)
         for shot in shots:
@@ -38,7 +41,7 @@ def bbh_queries(folder):
             yield path.stem, f"{beginning}\n\nQ: {question}", f"A: {answer}"
 
 
-def tydiqa_queries(folder):
+def tydiqa_queries(folder: Path) -> Iterator[tuple[str, str, str]]:
     items = tydiqa.load(folder, Options())
     for language, example in {i["language"]: i["example"] for i in items}.items():
         instruction, passage, question, answer = tydiqa.TEMPLATES[language]
@@ -51,12 +54,23 @@ QUERIES = {
 }  # fmt: skip
 
 
-def make_queries(tasks, eval_data):
+def write_queries(path: Path, tasks: list[str], eval_data: str | Path | None) -> int:
+    """Write the tasks' queries to a `.jsonl`; their number."""
+    records = make_queries(tasks, eval_data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return len(records)
+
+
+def make_queries(tasks: list[str], eval_data: str | Path | None) -> list[dict]:
     """Conversations of Tulu's schema for the tasks, whose files are in `eval_data/<task>`."""
     records = []
     for task in tasks:
         if task not in QUERIES:
-            raise InputError(f"--make-queries: found {task}, expected some of {', '.join(QUERIES)}")
+            none = " (HumanEval has no examples, tests alone)" if task == "humaneval" else ""
+            expected = ", ".join(QUERIES)
+            raise InputError(f"--make-queries: found {task}, expected some of {expected}{none}")
         if task != "gsm8k" and eval_data is None:
             raise InputError("found no --eval-data DIR, expected the folder of the tasks' folders")
         found = list(QUERIES[task](Path(eval_data or "") / task))

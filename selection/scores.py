@@ -5,17 +5,34 @@ so a run that was killed goes on where it stopped, with any number of ranks, and
 complete are used again. In memory are the groups in work alone.
 """
 
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
 import numpy as np
 import torch.distributed as dist
 from tqdm import tqdm
 
-from program.files import written_aside
+from program.files import hold_file, written_aside
 from program.ranks import gather_lists
 
 BLOCK = 1 << 20  # numbers written at a time
 
 
-def open_scores(path, shape):
+@contextlib.contextmanager
+def held(path: str | Path) -> Iterator[None]:
+    """Hold what rank 0 writes, `path`, against other runs."""
+    lock = hold_file(f"{path}.lock", path) if dist.get_rank() == 0 else None
+    try:
+        yield
+    finally:
+        if lock:
+            os.unlink(lock.name)
+            lock.close()
+
+
+def open_scores(path: Path, shape: tuple[int, ...]) -> np.memmap:
     """The scores of a file, memory-mapped, (…, candidates) fp32; made if there are none.
 
     Every rank calls it; only rank 0 may write.
@@ -30,7 +47,7 @@ def open_scores(path, shape):
     return np.memmap(path, np.float32, "r+" if dist.get_rank() == 0 else "r", shape=tuple(shape))
 
 
-def missing(scores):
+def missing(scores: np.ndarray) -> np.ndarray:
     """Which candidates of scores (queries, candidates) are not complete, (candidates,) bool."""
     found = np.zeros(scores.shape[1], np.bool_)
     for row in scores:
@@ -38,7 +55,10 @@ def missing(scores):
     return found
 
 
-def fill(scores, groups, tokens, score_group, what):
+def fill(
+    scores: np.ndarray, groups: list[list[int]], tokens: np.ndarray, score_group: Callable,
+    what: str,
+) -> None:  # fmt: skip
     """Compute the candidates of scores (queries, candidates) that are missing; ranks share them.
 
     groups: lists of candidates, the same on every rank. tokens (candidates,): by these the time

@@ -1,4 +1,4 @@
-"""Preference pairs and their log-probabilities, for the tests of dpo.py and reference.py."""
+"""Conversations, and preference pairs with their log-probabilities."""
 
 import json
 
@@ -15,6 +15,12 @@ from training.parallel import shard
 
 def message(role, content):
     return {"role": role, "content": content}
+
+
+def chat(*contents, **more):
+    """A conversation of a user and an assistant in turn."""
+    roles = ("user", "assistant")
+    return more | {"messages": [message(roles[k % 2], c) for k, c in enumerate(contents)]}
 
 
 def pair(prompt, chosen, rejected, **more):

@@ -1,13 +1,9 @@
-"""data.py and readers.py: files to records, records to updates, updates to packed rows."""
+"""data.py: records to updates, updates to packed rows; and what it shows, run alone."""
 
-import gzip
-import json
 import subprocess
 import sys
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +14,6 @@ from conftest import ROOT
 from data import (
     Documents,
     best_fit_decreasing,
-    check_micro_tokens,
     encode_conversation,
     pack_row,
     plan_rows,
@@ -27,9 +22,7 @@ from data import (
 )
 from kernels.attention_tiles import attention_tiles
 from model import Llama, LlamaConfig
-from program.errors import InputError
-from tokens import readers
-from tokens.readers import data_files, parse, read_batches
+from pairs import chat
 from tokens.report import highlight, print_lengths
 from tokens.tokenizer import Tokenizer
 from training.update import model_flops
@@ -108,7 +101,7 @@ def test_rows_are_over_99_percent_full(mean, row_tokens):
     """All but the last, for as many documents as the mixture has; a second each."""
     lengths = tulu_like_lengths(mean, 326_154)
     longest_first = np.argsort(-lengths, kind="stable").tolist()
-    rows = best_fit_decreasing(lengths.tolist(), longest_first, row_tokens)
+    rows = best_fit_decreasing(lengths, longest_first, row_tokens)
     filled = sorted(sum(lengths[i] for i in row) for row in rows)
     assert sum(map(len, rows)) == len(lengths) and filled[-1] <= row_tokens
     assert lengths.sum() / (len(rows) * row_tokens) > 0.99
@@ -117,8 +110,9 @@ def test_rows_are_over_99_percent_full(mean, row_tokens):
 
 def test_best_fit_takes_the_fullest_row_that_has_room():
     """6, 5, 4, 3, 2 into rows of 10: 6 + 4 and 5 + 3 + 2."""
-    assert best_fit_decreasing([6, 5, 4, 3, 2], [0, 1, 2, 3, 4], 10) == [[0, 2], [1, 3, 4]]
-    assert best_fit_decreasing([], [], 10) == []
+    lengths = np.array([6, 5, 4, 3, 2])
+    assert best_fit_decreasing(lengths, range(5), 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit_decreasing(lengths[:0], [], 10) == []
 
 
 def documents_of(*pairs):
@@ -144,7 +138,7 @@ def test_a_packed_row_written_out():
 def test_a_packed_pair_written_out():
     """The other example: the prompt once, and rejected goes on from it; a document before it."""
     pair = ([1, 5, 8, 6, 2], [0, 0, 1, 1, 1]), ([1, 5, 9, 2], [0, 0, 1, 1])
-    row = {name: a.tolist() for name, a in pack_row(documents_of(*pair), [0, 2]).items()}
+    row = {name: a.tolist() for name, a in pack_row(documents_of(*pair), np.array([0, 2])).items()}
     expected = {
         "input_ids": [1, 5, 8, 6, 2, 9, 2],
         "positions": [0, 1, 2, 3, 4, 2, 3],
@@ -154,7 +148,7 @@ def test_a_packed_pair_written_out():
         "labels": [8, 6, 2, 9, 2],
     }
     assert {name: row[name] for name in expected} == expected
-    row = pack_row(documents_of(([1, 4, 2], [0, 0, 1]), *pair), [0, 0, 2])
+    row = pack_row(documents_of(([1, 4, 2], [0, 0, 1]), *pair), np.array([0, 0, 2]))
     assert row["doc_start"].tolist() == [0] * 3 + [3] * 7
     assert row["doc_end"].tolist() == [3] * 3 + [n + 3 for n in expected["doc_end"]]
     assert row["predict"].tolist() == [1] + [n + 3 for n in expected["predict"]]
@@ -288,174 +282,7 @@ def test_fewer_conversations_than_a_batch_are_one_update_an_epoch():
         assert epoch == step and sorted(members) == [0, 1, 2, 3, 4]
 
 
-# ---- Documents
-
-
-def write(path, *records):
-    path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return path
-
-
-def chat(*contents, **more):
-    roles = ("user", "assistant")
-    messages = [{"role": roles[k % 2], "content": c} for k, c in enumerate(contents)]
-    return more | {"messages": messages}
-
-
-def test_documents_are_what_the_tokenizer_makes(base, conversations):
-    """In the order of the file, ids and mask; lengths and trained counts are theirs."""
-    documents = Documents([conversations], base, 10_000, encode_conversation)
-    tokenizer = Tokenizer(base)
-    records = [json.loads(line) for line in conversations.read_text().splitlines()]
-    assert len(documents) == 24
-    assert documents.truncated == documents.skipped == 0
-    for i, record in enumerate(records):
-        ids, trained = tokenizer.encode(record["messages"])
-        assert [[a.tolist() for a in sequence] for sequence in documents[i]] == [[ids, trained]]
-        assert documents.lengths[i] == len(ids) and documents.trained_counts[i] == sum(trained)
-        answers = sum(m["role"] == "assistant" for m in record["messages"])
-        assert (documents.turns[i], documents.numbers[i]) == (answers, i + 1)
-
-
-@pytest.mark.parametrize("most", [2, 20, 57, 100])
-def test_truncation_and_skipping_are_counted(base, conversations, most):
-    """Cut on the right; what trains nothing then is skipped; trained tokens are counted after."""
-    tokenizer = Tokenizer(base)
-    records = [json.loads(line) for line in conversations.read_text().splitlines()]
-    full = [tokenizer.encode(record["messages"]) for record in records]
-    kept = [(ids[:most], mask[:most]) for ids, mask in full if any(mask[:most])]
-    if not kept:
-        with pytest.raises(InputError, match=f"none of the 24 .* first {most} tokens"):
-            Documents([conversations], base, most, encode_conversation)
-        return
-    documents = Documents([conversations], base, most, encode_conversation)
-    assert [tuple(a.tolist() for a in sequence) for sequence in sequences_of(documents)] == kept
-    assert documents.lengths.tolist() == [[len(ids)] for ids, _ in kept]
-    assert documents.trained_counts.tolist() == [[sum(mask)] for _, mask in kept]
-    assert documents.truncated == sum(len(ids) > most for ids, _ in full) > 0
-    assert documents.skipped == 24 - len(kept)
-    numbers = [k for k, (_, mask) in enumerate(full, 1) if any(mask[:most])]
-    assert documents.numbers[:, 0].tolist() == numbers
-    assert f"{documents.truncated} truncated, {documents.skipped} without" in documents.summary()
-
-
-def test_longer_ones_may_be_left_out_or_refused(base, conversations):
-    """Instead of cut; those that fit are as they were, and it is another set of data."""
-    most, tokenizer = 57, Tokenizer(base)
-    lines = conversations.read_text().splitlines()
-    lengths = [len(tokenizer.encode(json.loads(line)["messages"])[0]) for line in lines]
-    fit = [k for k, length in enumerate(lengths, 1) if length <= most]
-    cut, drop = (
-        Documents([conversations], base, most, encode_conversation, too_long=how)
-        for how in ("cut", "drop")
-    )
-    assert 0 < len(fit) < len(cut)
-    assert drop.numbers[:, 0].tolist() == fit
-    assert (drop.dropped, drop.truncated, drop.skipped) == (24 - len(fit), 0, 0)
-    assert f" 0 truncated, {24 - len(fit)} longer ones left out, 0 without" in drop.summary()
-    assert drop.key != cut.key
-    first = next(k for k, length in enumerate(lengths, 1) if length > most)
-    message = f"conversations.jsonl:{first}: {lengths[first - 1]} tokens, expected at most {most}"
-    with pytest.raises(InputError, match=message):
-        Documents([conversations], base, most, encode_conversation, too_long="error")
-    whole = [
-        Documents([conversations], base, max(lengths), encode_conversation, too_long=how)
-        for how in ("cut", "drop", "error")
-    ]
-    assert len({documents.key for documents in whole}) == 1
-    with pytest.raises(InputError, match="--too-long drop leaves out 24"):
-        Documents([conversations], base, 5, encode_conversation, too_long="drop")
-
-
-def test_several_files_and_folders_are_one_data_set(base, tmp_path):
-    """In the order given, folders by name; a document's name says where it stood."""
-    (tmp_path / "folder").mkdir()
-    b = write(tmp_path / "folder" / "b.jsonl", chat("q", "b", id="of-b"))
-    a = write(tmp_path / "folder" / "a.jsonl", chat("q", "a"), chat("no answer"), chat("q", "aa"))
-    a.write_text("\n" + a.read_text().replace("\n", "\n  \n"))  # blank lines: records 2, 4 and 6
-    c = write(tmp_path / "c.jsonl", chat("q", "c", prompt_id="of-c"), *[chat("no answer")] * 5)
-    documents = Documents([c, tmp_path / "folder"], base, 100, encode_conversation)
-    tokenizer = Tokenizer(base)
-    answers = [
-        tokenizer.decode([13, *ids[trained].tolist()]) for ids, trained in sequences_of(documents)
-    ]
-    assert [text[-len(w) :] for text, w in zip(answers, ("c", "a", "aa", "b"), strict=True)] == [
-        "c", "a", "aa", "b"
-    ]  # fmt: skip
-    assert (len(documents), documents.skipped) == (4, 6)
-    assert list(documents.names([0, 1, 2, 3])) == [
-        f"{c}:1 (id of-c)", f"{a}:2 (id None)", f"{a}:6 (id None)", f"{b}:1 (id of-b)"
-    ]  # fmt: skip
-    # Both files have a sixth record.
-    assert list(documents.names([2, 0])) == [f"{c}:1 (id of-c)", f"{a}:6 (id None)"]
-
-
-def trains_as_told(record, tokenizer):
-    """Two sequences of two tokens, the second one trained where the record says so."""
-    return [([1, 5], [False, trained]) for trained in record["trained"]]
-
-
-def test_a_record_is_left_out_where_one_of_its_sequences_trains_nothing(base, tmp_path):
-    """Whichever of the two it is: what is kept has trained tokens on both sides."""
-    sides = ((True, True), (True, False), (False, True), (False, False), (True, True))
-    path = write(tmp_path / "sides.jsonl", *({"trained": both} for both in sides))
-    documents = Documents([path], base, 9, trains_as_told, per_record=2)
-    assert documents.numbers.tolist() == [[1, 1], [5, 5]] and documents.skipped == 3
-    assert documents.trained_counts.tolist() == [[1, 1], [1, 1]]
-
-
-def sequences_of(documents):
-    return documents.sequences(range(len(documents)))
-
-
-def test_the_key_is_of_the_contents(base, tmp_path):
-    """A copy elsewhere is the same data; another order, or one more byte, is not."""
-    (tmp_path / "copy").mkdir()
-    one, two = chat("q", "1"), chat("q", "2")
-    a, b = write(tmp_path / "a.jsonl", one), write(tmp_path / "b.jsonl", two)
-    copies = [write(tmp_path / "copy" / "x.jsonl", one), write(tmp_path / "copy" / "y.jsonl", two)]
-
-    def key(paths):
-        return Documents(paths, base, 100, encode_conversation).key
-
-    assert key([a, b]) == key(copies) != key([b, a])
-    b.write_text(b.read_text() + "\n")
-    assert key([a, b]) != key(copies)
-
-
-def test_a_row_too_short_for_the_longest_document_is_refused(base, tmp_path):
-    """With the number that would do, and where the document stands."""
-    path = write(tmp_path / "a.jsonl", chat("q", "a"), chat("q", "long " * 20, id="it"))
-    documents = Documents([path], base, 100, encode_conversation)
-    longest = documents.lengths[1, 0]
-    check_micro_tokens(documents, longest)
-    with pytest.raises(InputError, match=rf"at least {longest}, .*a.jsonl:2 \(id it\)"):
-        check_micro_tokens(documents, longest - 1)
-
-
-@pytest.mark.parametrize(
-    "record, problem",
-    [
-        ({}, "found no field, expected messages, or"),
-        ({"text": "hi", "label": 1}, "found label, text, expected messages, or conversations, or"),
-        ({"messages": []}, r"messages is \[\]"),
-        ({"messages": "hi"}, 'messages is "hi"'),
-        ({"messages": ["hi"]}, r'messages\[0\] is "hi"'),
-        (chat("a", None), r"messages\[1\].content is null"),
-        (chat("a", ["b"]), r'messages\[1\].content\[0\] is "b", expected a part of type text'),
-        (chat("a", []), r"messages\[1\].content is \[\], expected a string or a list of text"),
-        ({"messages": [{"role": "tool", "content": ""}]}, r'role is "tool", expected one of'),
-        ({"messages": [{"content": ""}]}, "role is null"),
-        ({"messages": [{"role": ["user"], "content": ""}]}, r'role is \["user"\]'),
-        (chat("a\ud800b"), "lone surrogate '.ud800' at character 1"),
-    ],
-    ids=str,
-)
-def test_records_of_another_schema_are_refused(base, tmp_path, record, problem):
-    """The message, the field and what was found, behind the file and the line."""
-    path = write(tmp_path / "a.jsonl", chat("q", "a"), record)
-    with pytest.raises(InputError, match=rf"a.jsonl:2: .*{problem}"):
-        Documents([path], base, 100, encode_conversation)
+# ---- Run alone
 
 
 def test_highlighting_tells_trained_tokens_apart(base):
@@ -513,164 +340,6 @@ def test_data_py_shows_the_longest_the_shortest_and_another(base, conversations,
     ids, trained = np.arange(300).repeat(10) % 300 + 3, np.zeros(3000, bool)
     text = highlight(Tokenizer(base), ids, trained)
     assert "\n… 1,000 tokens …\n" in text
-
-
-# ---- Readers
-
-
-RECORDS = [chat("q", f"é {i} \u2028", id=f"r{i}") for i in range(1200)]
-
-
-def write_as(suffix, folder):
-    path = folder / f"data{suffix}"
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in RECORDS).encode()
-    if suffix == ".jsonl":
-        path.write_bytes(lines)
-    elif suffix == ".jsonl.gz":
-        path.write_bytes(gzip.compress(lines))
-    elif suffix == ".jsonl.zst":  # two frames, as of files put together
-        zstandard = pytest.importorskip("zstandard")
-        path.write_bytes(zstandard.compress(lines[:999]) + zstandard.compress(lines[999:]))
-    elif suffix == ".json":
-        path.write_text(json.dumps(RECORDS, indent=1))
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
-    return path
-
-
-def read(path):
-    return [
-        (number, parse(raw, path, number))
-        for first, records, _ in read_batches(path)
-        for number, raw in enumerate(records, first)
-    ]
-
-
-@pytest.mark.parametrize("suffix", [*readers.SUFFIXES, readers.ZSTD])
-def test_every_kind_of_file_gives_the_same_records(suffix, tmp_path):
-    """In order, numbered from 1, over several batches, the share read rising to 1."""
-    path = write_as(suffix, tmp_path)
-    assert read(path) == list(enumerate(RECORDS, 1))
-    shares = [done for _, _, done in read_batches(path)]
-    assert len(shares) == 3 and shares == sorted(shares) and 0 < shares[0] and shares[-1] == 1
-
-
-def test_batches_are_bounded_in_records_and_in_bytes(tmp_path, monkeypatch):
-    """Memory holds one batch: it ends with the record that fills it."""
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"123456\n" * 10 + b"1\n" * 10)
-    monkeypatch.setattr(readers, "BATCH_RECORDS", 4)
-    monkeypatch.setattr(readers, "BATCH_BYTES", 20)
-    batches = [(first, len(records)) for first, records, _ in read_batches(path)]
-    assert batches == [(1, 3), (4, 3), (7, 3), (10, 4), (14, 4), (18, 3)]
-
-
-def test_a_zstd_file_that_is_not_whole(tmp_path, monkeypatch):
-    """Cut short, or of another kind; or without the package that reads it."""
-    path = write_as(".jsonl.zst", tmp_path)
-    content = path.read_bytes()
-    path.write_bytes(content[:-9])
-    with pytest.raises(InputError, match="data.jsonl.zst:.*: not a whole zstd file"):
-        read(path)
-    path.write_bytes(gzip.compress(b"{}"))
-    with pytest.raises(InputError, match="not a whole zstd file"):
-        read(path)
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    with pytest.raises(InputError, match="reading it needs zstandard: pip install zstandard"):
-        read(path)
-
-
-def test_a_cloned_data_set(base, tmp_path):
-    """Its files stand one folder down; what the Hub's programs keep beside them is no data."""
-    for name in ("data", ".git", "README"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "dataset_infos.json").write_text("{}")
-    (tmp_path / "data" / "dataset_info.json").write_text('{"features": {}}')
-    (tmp_path / ".git" / "x.jsonl").write_text("no data")
-    paths = [write(tmp_path / "data" / f"{k}.jsonl", chat("q", "a")) for k in "ab"]
-    assert data_files([tmp_path]) == data_files([tmp_path / "data"]) == paths
-    assert data_files([tmp_path / "dataset_infos.json"]) == [tmp_path / "dataset_infos.json"]
-    documents = Documents([tmp_path], base, 99, encode_conversation)
-    first, second = documents.summary().splitlines()
-    skipped = "skipped, as no data: dataset_infos.json, dataset_info.json"
-    assert first == f"{tmp_path}: data/a.jsonl, data/b.jsonl; {skipped}"
-    assert second.startswith("2 conversations, ")
-    write(tmp_path / "own.jsonl", chat("q", "a"))
-    assert data_files([tmp_path]) == [tmp_path / "own.jsonl"]
-    (tmp_path / "own.jsonl").unlink()
-    for path in paths:
-        path.unlink()
-    with pytest.raises(InputError, match="no .jsonl, .* file in this folder, nor in a folder in"):
-        data_files([tmp_path])
-
-
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json"])
-def test_where_a_broken_file_ends_is_told_by_the_record(suffix, tmp_path, monkeypatch):
-    """In the second batch: the number is that of the first record that cannot be read."""
-    monkeypatch.setattr(readers, "BATCH_RECORDS", 500)
-    path = write_as(suffix, tmp_path)
-    if suffix == ".json":
-        text = path.read_text().encode()
-        path.write_bytes(text[: text.index(b"r700")])
-    else:
-        lines = "".join(json.dumps(r) + "\n" for r in RECORDS[:700]).encode()
-        path.write_bytes(gzip.compress(lines)[:-8])  # all of the text, without its checksum
-    # A list is parsed as a whole: its error names the line and the column, not the record.
-    place = "not JSON" if suffix == ".json" else "not a whole gzip file"
-    number = "" if suffix == ".json" else ":701"
-    with pytest.raises(InputError, match=rf"data{suffix}{number}: {place} "):
-        read(path)
-
-
-def test_line_numbers_count_blank_lines(tmp_path, monkeypatch):
-    """Wherever the borders of batches fall; a byte order mark and CR LF are no content."""
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}\n\n{"a": 3}')
-    for records in (1, 2, 3, 512):
-        monkeypatch.setattr(readers, "BATCH_RECORDS", records)
-        found = [(number, r["a"]) for number, r in read(path) if r is not None]
-        assert found == [(1, 1), (4, 2), (6, 3)]
-
-
-@pytest.mark.parametrize(
-    "line, problem",
-    [(b'{"a"', "not JSON"), (b'"a"', "JSON str"), (b"[1]", "JSON list"), (b"\xff{}", "not UTF-8"),
-     (b'\xef\xbb\xbf{"a": 1}', "not JSON"), (b"[" * 100_000, "not JSON")],
-    ids=lambda x: str(x)[:12],
-)  # fmt: skip
-def test_bad_lines_are_named(line, problem, tmp_path):
-    """File, number of the line, and what was found."""
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": 1}\n\n' + line + b"\n")
-    with pytest.raises(InputError, match=f"a.jsonl:3: .*{problem}"):
-        read(path)
-
-
-def test_broken_files_are_named(tmp_path):
-    """The error for gzip cut short, broken JSON or broken parquet names the file."""
-    for suffix in (".jsonl.gz", ".parquet", ".json"):
-        path = write_as(suffix, tmp_path)
-        path.write_bytes(path.read_bytes()[:-40])
-        with pytest.raises(InputError, match=f"data{suffix}"):
-            read(path)
-    path.write_text("{\n}")
-    with pytest.raises(InputError, match="data.json:1: .*expected one JSON object a line"):
-        read(path)
-
-
-def test_what_data_means(tmp_path):
-    """A folder is its data files, hidden ones and others left out; anything else is refused."""
-    for name in ("b.jsonl", "a.parquet", ".c.jsonl", "notes.txt"):
-        (tmp_path / name).touch()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.jsonl").mkdir()
-    assert [p.name for p in data_files([tmp_path])] == ["a.parquet", "b.jsonl"]
-    assert data_files([tmp_path / "b.jsonl", tmp_path])[0].name == "b.jsonl"
-    for name, problem in (
-        ("empty", "no .jsonl"), ("notes.txt", "unknown kind"), ("absent.jsonl", "no such file"),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=f"{name}: {problem}"):
-            data_files([tmp_path / name])
 
 
 def test_data_py_says_what_the_plan_says(base, conversations):

@@ -1,5 +1,6 @@
 """prune.py as its users start it: what is kept, what is kept on disk, and what is refused."""
 
+import functools
 import json
 import shutil
 
@@ -9,7 +10,9 @@ import pytest
 import prune
 from conftest import listing, run_program
 from program.errors import InputError
+from program.files import hold_file
 from selection import embeddings, influence
+from selection import scores as held_scores
 
 LESS = {"projection": 512, "warmup_epochs": 2, "warmup_share": 0.5}
 
@@ -218,6 +221,8 @@ def test_a_comparison_counts_the_rows_that_two_choices_share(setting, tmp_path, 
         ({"out": "kept.json"}, "expected a file whose name ends in .jsonl"),
         ({"micro_tokens": 100}, "--micro-tokens is 100, expected at least"),
         ({"queries": ["nowhere.jsonl"]}, "nowhere.jsonl: no such file"),
+        ({"warmup_lr": 0.0}, "--warmup-lr is 0.0, expected a number from 0 up, 0 excluded"),
+        ({"method": "less", "lora_rank": 17}, "--lora-rank is 17, expected at most 16"),
         ({"make_queries": ["humaneval"]}, "--make-queries: found humaneval, expected some of mmlu"),
         ({"make_queries": ["mmlu"]}, "found no --eval-data"),
     ],
@@ -234,7 +239,7 @@ def test_bad_flags_are_refused(flags, message, setting, tmp_path):
 def test_a_file_that_is_not_ours_is_not_overwritten(setting, tmp_path):
     """Nor one of --data or --queries, nor is the result put among the data."""
     mine = write(tmp_path / "kept.jsonl", [{"precious": True}])
-    with pytest.raises(InputError, match="exists, and is not prune.py's"):
+    with pytest.raises(InputError, match="kept.jsonl is there, and not prune.py's"):
         run(setting)
     assert lines(mine) == [{"precious": True}]
     for out in (setting["data"][0], setting["queries"][0]):
@@ -242,6 +247,62 @@ def test_a_file_that_is_not_ours_is_not_overwritten(setting, tmp_path):
             run(setting, out=out)
     with pytest.raises(InputError, match="among --data or --queries"):
         run(setting, data=[str(tmp_path)])
+    # Nor where the scores would go: a file of --data, or any other.
+    shutil.copy(setting["data"][0], tmp_path / "rest.scores.jsonl")
+    for data, message in (("rest.scores", "among --data"), ("data", "not prune.py's")):
+        with pytest.raises(InputError, match=message):
+            run(setting, data=[str(tmp_path / f"{data}.jsonl")], out=str(tmp_path / "rest.jsonl"))
+
+
+def test_a_folder_of_data_is_read_but_not_written(setting, tmp_path):
+    """A folder beside its files is another place; one that it stands for is not."""
+    (tmp_path / "all" / "part").mkdir(parents=True)
+    shutil.move(setting["data"][0], tmp_path / "all" / "part" / "data.jsonl")
+    setting["data"] = [str(tmp_path / "all")]
+    with pytest.raises(InputError, match="among --data"):
+        run(setting, out=str(tmp_path / "all" / "part" / "kept.jsonl"))
+    assert len(run(setting, out=str(tmp_path / "all" / "kept.jsonl"))[0]) == 6
+
+
+def test_a_query_is_cut_but_not_to_its_prompt(setting, tmp_path):
+    """A long one counts by its first tokens; without an answer in them it is refused."""
+    scores = []
+    for words in (900, 1200):
+        long = record("What is 2 plus 2?", "four " * words, dataset="sums")
+        setting["queries"] = [str(write(tmp_path / "long.jsonl", [long]))]
+        scores.append(run(setting, max_seq_len=300)[1])
+    assert scores[0] == scores[1]
+    asked = record("2 " * 900, "four", dataset="sums")
+    setting["queries"] = [str(write(tmp_path / "asked.jsonl", [asked, QUERIES[1]]))]
+    with pytest.raises(InputError, match="first 300 tokens .--max-seq-len.: 1, expected"):
+        run(setting, max_seq_len=300)
+
+
+def test_changed_data_are_scored_again(setting):
+    """What is kept of the old data is not taken for theirs; back again, it is free."""
+    _, before = run(setting)
+    path, own = prune.Path(setting["data"][0]), lines(prune.Path(setting["data"][0]))
+    write(path, own[::-1])
+    _, after = run(setting)
+    assert np.allclose(
+        [line["score"] for line in after], [line["score"] for line in before[::-1]], atol=1e-5
+    )
+    assert [line["id"] for line in after] == [line["id"] for line in before[::-1]]
+
+
+def test_two_runs_at_once_do_not_share_an_output_or_scores(setting, tmp_path, monkeypatch):
+    """The second one is refused, by name, also where only the scores are the same."""
+    monkeypatch.setattr(held_scores, "hold_file", functools.partial(hold_file, patience=0.1))
+    run(setting, method="less", **LESS)
+    folder = next(tmp_path.glob("scores-*"))
+    (folder / "scores").unlink()
+    for name in (tmp_path / "kept.jsonl", folder):
+        handle = hold_file(f"{name}.lock", name)
+        with pytest.raises(InputError, match=f"{name.name}: another run is writing there"):
+            run(setting, method="less", **LESS)
+        handle.close()
+    run(setting, method="less", **LESS)
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_queries_are_the_benchmarks_own_examples(real_data, tmp_path):

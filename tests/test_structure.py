@@ -28,6 +28,15 @@ FILES = [path for room in sorted(FLOOR) for path in sorted((ROOT / room).glob("*
 FILES = [path.relative_to(ROOT) for path in FILES]
 FILES += [Path(f"{room}.py") for room in sorted(FLOOR) if (ROOT / f"{room}.py").exists()]
 
+# Arguments without a hint, whose class is not for that file to know: `config` and `less` (flags)
+# and `run` are made on a higher floor, or would bring torch into a file that does without it.
+UNHINTED = {"self", "cls", "ctx", "config", "run"}
+UNHINTED_IN = {
+    ("kernels/attention_tiles.py", "blocks"): {"dtype"},
+    ("program/flags.py", "resolve"): {"device"},
+    ("selection/cost.py", "scoring_flops"): {"less"},
+}
+
 
 def room_of(module):
     return module.split(".")[0]
@@ -84,6 +93,27 @@ def test_the_inner_circle_does_not_know_the_rest():
     assert known == {"kernels", "program", "tokens"}
     for path in (p for p in FILES if p.name != "bench.py" and p.parts[0] != "benchmarks"):
         assert not {"sft", "dpo"} & {room_of(module) for module in imports(path)}, path
+
+
+def public_functions(node):
+    """Functions of a module, methods of its classes; no nested ones, and no kernels of Triton."""
+    for inner in ast.iter_child_nodes(node):
+        if isinstance(inner, ast.ClassDef):
+            yield from public_functions(inner)
+        elif isinstance(inner, ast.FunctionDef):
+            is_kernel = any("triton.jit" in ast.unparse(d) for d in inner.decorator_list)
+            if (inner.name == "__init__" or inner.name[0] != "_") and not is_kernel:
+                yield inner
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if not str(p).startswith("bench")], ids=str)
+def test_public_signatures_have_hints(path):
+    """Every argument but *args and **kwargs, and the result: what a call takes and gives."""
+    for function in public_functions(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+        bare = {a.arg for a in arguments if a.annotation is None} - UNHINTED
+        bare -= UNHINTED_IN.get((str(path), function.name), set())
+        assert not bare and function.returns, f"{path}: {function.name}: {bare or 'its result'}"
 
 
 @pytest.mark.parametrize("entry", CORE)

@@ -8,6 +8,9 @@ that list, and says where there is none.
 
 import heapq
 from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from sentencepiece import SentencePieceProcessor
 
 from tokens.protobuf import fields
 
@@ -15,14 +18,14 @@ from tokens.protobuf import fields
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
-def piece_types(model):
+def piece_types(model: bytes) -> list[int]:
     """The type of each piece of a serialised SentencePiece model, in the order of the ids."""
     pieces = [value for number, value in fields(model) if number == 1 and isinstance(value, bytes)]
     kinds = [dict(fields(piece)).get(3) for piece in pieces]
     return [kind if kind in range(1, 7) else NORMAL for kind in kinds]
 
 
-def piece_scores(sp):
+def piece_scores(sp: SentencePieceProcessor) -> dict[str, float]:
     """`{piece: score}` of the pieces that stand for a text of their own."""
     return {
         sp.id_to_piece(i): sp.get_score(i)
@@ -31,7 +34,7 @@ def piece_scores(sp):
     }
 
 
-def splits(pieces):
+def splits(pieces: Collection[str]) -> list[tuple[str, str]]:
     """`(left, right)` of every way to make one of the pieces from two others."""
     return [
         (piece[:cut], piece[cut:])
@@ -41,7 +44,7 @@ def splits(pieces):
     ]
 
 
-def merges_in_order(scores):
+def merges_in_order(scores: dict[str, float]) -> list[tuple[str, str]]:
     """The merges of a tokenizer.json that stand for these `{piece: score}`.
 
     Raises `ValueError` with pieces whose equal score no list of merges can stand for.
@@ -64,7 +67,9 @@ def merges_in_order(scores):
     return merges
 
 
-def competition(pairs, pieces, as_good):
+def competition(
+    pairs: list[tuple[str, str]], pieces: set[str], as_good: list[tuple[str, str]]
+) -> tuple[str, str] | None:
     """Two pieces of one score between which an order decides how some text is split, or None.
 
     pairs: the merges of this score, in order; pieces: what they make; as_good: all merges of this
@@ -98,7 +103,7 @@ def competition(pairs, pieces, as_good):
     return None
 
 
-def merged(symbols, ranks):
+def merged(symbols: Sequence[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """The pieces that merging makes of a text's characters: lowest rank first, then leftmost."""
     pieces, following = list(symbols), list(range(1, len(symbols) + 1))
     before = list(range(-1, len(symbols) - 1))

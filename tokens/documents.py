@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -22,17 +24,20 @@ class Documents:
     model_folder: of the tokenizer. fallback: the folder for the token cache where the data's cannot
     be written. too_long: a record with a longer sequence is "cut" on the right, left out ("drop"),
     or an "error". documents[i] is record i, a list of `(ids, trained)`: two arrays, memory-mapped.
-    In memory, int64: lengths, trained_counts and shared (records, per_record), of each sequence its
-    tokens, those that are trained, and those at its head that it shares with the first sequence;
-    tokens and squares (records,), the tokens that a record takes in a row, and the sum of the
-    squared lengths, in which attention's cost is counted. Raises `InputError` for bad data, and
-    where nothing is left to train on.
+    Raises `InputError` for bad data, and where nothing is left to train on. In memory, int64:
+
+        lengths          (records, per_record)   tokens of each sequence
+        trained_counts   (records, per_record)   those that are trained
+        shared           (records, per_record)   those at its head that the record's first one has
+        tokens           (records,)              what a record takes in a row
+        squares          (records,)              its squared lengths, by which attention costs
     """
 
     def __init__(
-        self, paths, model_folder, max_seq_len, encode_record, fallback=None, per_record=1,
-        too_long="cut",
-    ):  # fmt: skip
+        self, paths: Sequence[str | Path], model_folder: str | Path, max_seq_len: int,
+        encode_record: Callable, fallback: str | Path | None = None, per_record: int = 1,
+        too_long: str = "cut",
+    ) -> None:  # fmt: skip
         self.given, self.paths = paths, readers.data_files(paths)
         caches = [token_cache(p, model_folder, encode_record, fallback) for p in self.paths]
         self.caches = [{n: np.asarray(a) for n, a in arrays.items()} for arrays, _ in caches]
@@ -100,17 +105,17 @@ class Documents:
             sequences.append((arrays["tokens"][span], arrays["trained"][span]))
         return sequences
 
-    def shared_prompt(self, i, chosen_prompt, rejected_prompt):
+    def shared_prompt(self, i: int, chosen_prompt: int, rejected_prompt: int) -> int:
         """Tokens of the prompt of pair i; 0 if chosen and rejected have not the same ids there."""
         (chosen, _), (rejected, _) = self[i]
         same = np.array_equal(chosen[:chosen_prompt], rejected[:rejected_prompt])
         return chosen_prompt if same else 0
 
-    def sequences(self, records):
+    def sequences(self, records: Iterable[int]) -> list[tuple[np.ndarray, np.ndarray]]:
         """The sequences of some records, one after the other, as `pack_row` takes them."""
         return [sequence for i in records for sequence in self[i]]
 
-    def part(self, chosen):
+    def part(self, chosen: np.ndarray) -> "Documents":
         """The documents of the `chosen` records alone, (records,) of bool."""
         part = copy.copy(self)
         for name, array in vars(self).items():
@@ -119,7 +124,7 @@ class Documents:
         part.key = hashlib.sha256(self.key.encode() + chosen.tobytes()).hexdigest()
         return part
 
-    def summary(self):
+    def summary(self) -> str:
         """One line for the user; before it, one for each folder, and each shape made fit."""
         remarks = {}  # text → the first record of a file that it is true of
         for path in self.paths:
@@ -136,7 +141,7 @@ class Documents:
             f"{self.skipped:,} without a trained token skipped"
         )
 
-    def names(self, records):
+    def names(self, records: Iterable[int]) -> Iterator[str]:
         """Where records come from, `file:line (id …)`: read from the files again."""
         wanted = {(self.file[i, 0], self.numbers[i, 0]) for i in records}
         for file in sorted({file for file, _ in wanted}):
@@ -146,7 +151,7 @@ class Documents:
                     yield f"{path}:{number} (id {record.get('id', record.get('prompt_id'))})"
 
 
-def check_micro_tokens(documents, micro_tokens):
+def check_micro_tokens(documents: Documents, micro_tokens: int) -> None:
     """Raise `InputError` where the longest conversation, or pair, does not fit into one row."""
     longest, most = int(documents.tokens.argmax()), documents.tokens.max()
     if most > micro_tokens:

@@ -13,6 +13,7 @@ from program.errors import InputError, reported
 from program.files import read_object
 from tokens import bpe
 from tokens.folder import named_tokens, token_text, tokenizer_config
+from tokens.tokenizer import Tokenizer
 
 # The chat format of tokenizer.py for transformers and vLLM. `{space}` is one space unless the
 # tokenizer is `legacy`: without it, a literal BOS removes the "▁" before the first word.
@@ -32,7 +33,7 @@ CHAT_TEMPLATE = (
 KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces")
 
 
-def check_tokenizer(tokenizer, source):
+def check_tokenizer(tokenizer: Tokenizer, source: str | Path) -> list[str]:
     """The base's tokens that are plain text here, after a check that our ids can be served.
 
     source: the folder that `tokenizer` was read from. Raises `InputError` where no tokenizer.json
@@ -46,7 +47,7 @@ def check_tokenizer(tokenizer, source):
     return [text for text in named if text not in special]
 
 
-def check_same_vocabulary(pieces, path, named):
+def check_same_vocabulary(pieces: dict[str, int], path: Path, named: list[str]) -> None:
     """Raise `InputError` unless the base's tokenizer.json gives the same ids to the same pieces."""
     model = read_object(path).get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -61,7 +62,9 @@ def check_same_vocabulary(pieces, path, named):
         )
 
 
-def save_tokenizer(tokenizer, source, folder, longest=0):
+def save_tokenizer(
+    tokenizer: Tokenizer, source: str | Path, folder: str | Path, longest: int = 0
+) -> None:
     """Write tokenizer.model, tokenizer.json, and tokenizer_config.json with the chat template.
 
     source: the folder that `tokenizer` was read from. Of its tokenizer_config.json only `KEPT` is
@@ -93,7 +96,7 @@ def save_tokenizer(tokenizer, source, folder, longest=0):
     (folder / "tokenizer.json").write_text(content, encoding="utf-8")
 
 
-def pad_token(tokenizer, source):
+def pad_token(tokenizer: Tokenizer, source: str | Path) -> str:
     """The base's pad token if that is BOS or EOS, else the unknown token, as EasyLM padded.
 
     A token of its own would be one id in a text that was trained as several.
@@ -103,7 +106,7 @@ def pad_token(tokenizer, source):
     return pad if pad in own else own[0]
 
 
-def marked(template):
+def marked(template: str) -> str:
     """The chat template with marks around each answer and its EOS; it renders the same text.
 
     TRL's `assistant_only_loss` needs them (`chat_template_path` takes the file). They are not in
@@ -118,7 +121,7 @@ def marked(template):
     )
 
 
-def added_tokens(tokenizer):
+def added_tokens(tokenizer: Tokenizer) -> list[dict]:
     """`added_tokens` of tokenizer.json: what is found in a text before anything is merged.
 
     Unknown, BOS and EOS are special; user-defined pieces are not.
@@ -133,7 +136,7 @@ def added_tokens(tokenizer):
     ]
 
 
-def piece_types(tokenizer):
+def piece_types(tokenizer: Tokenizer) -> list[int]:
     """The type of each piece (see bpe.py)."""
     try:
         return bpe.piece_types(tokenizer.model)
@@ -141,7 +144,7 @@ def piece_types(tokenizer):
         raise InputError(f"{tokenizer.path}: not a SentencePiece model ({error})") from None
 
 
-def ranked_merges(tokenizer):
+def ranked_merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """The merges of tokenizer.json; raises `InputError` where no list of merges gives our ids."""
     sp, types = tokenizer.sp, piece_types(tokenizer)
     for i, kind in enumerate(types):
@@ -170,7 +173,7 @@ def ranked_merges(tokenizer):
         ) from None
 
 
-def tokenizer_json(tokenizer):
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """The content of tokenizer.json: the SentencePiece model's pieces, and its steps.
 
     It is always made anew: a base's own file, though good for transformers, gives other ids in the

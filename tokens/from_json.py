@@ -7,6 +7,8 @@ splits texts as that file does, and is written beside the weights as tokenizer.m
 
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
 import sentencepiece
 
@@ -19,7 +21,7 @@ from tokens.protobuf import field
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
-def model_from_json(path, config):
+def model_from_json(path: Path, config: dict) -> bytes:
     """The bytes of a tokenizer.model for the tokenizer.json `path`.
 
     config: the content of tokenizer_config.json, which names BOS and EOS; where it does not, or
@@ -42,7 +44,7 @@ def model_from_json(path, config):
     return model
 
 
-def check_steps(content):
+def check_steps(content: dict) -> None:
     """Raise `ValueError` unless the steps before and around the merges are Llama's."""
     model = content["model"]
     if content.get("version", "1.0") != "1.0":
@@ -73,7 +75,7 @@ def check_steps(content):
     raise ValueError(f"pre_tokenizer is {json.dumps(pre_tokenizer)[:80]}")
 
 
-def pieces_by_id(content):
+def pieces_by_id(content: dict) -> list[str]:
     """Every piece of the vocabulary, in the order of the ids.
 
     Ids that the vocabulary leaves out are the added tokens'; those beyond it are not of the model.
@@ -92,7 +94,7 @@ def pieces_by_id(content):
     return [pieces[i] for i in range(len(pieces))]
 
 
-def read_merges(content):
+def read_merges(content: dict) -> list[tuple[str, str]]:
     """The merges, in their order, as pairs; older files hold each as one text."""
     given = content["model"]["merges"]
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in given]
@@ -103,7 +105,9 @@ def read_merges(content):
     return merges
 
 
-def write_model(pieces, merges, content, config):
+def write_model(
+    pieces: list[str], merges: list[tuple[str, str]], content: dict, config: dict
+) -> bytes:
     """The model, serialised. Source: sentencepiece_model.proto, its fields and their numbers."""
     scores, parts = scores_of(merges), {part for pair in merges for part in pair}
     added = {token["content"]: token for token in content.get("added_tokens") or []}
@@ -141,7 +145,7 @@ def write_model(pieces, merges, content, config):
     return vocabulary + field(2, trainer) + field(3, normalizer)
 
 
-def scores_of(merges):
+def scores_of(merges: list[tuple[str, str]]) -> dict[str, int]:
     """`{piece: score}`: the merges of a better score come first.
 
     The merges of one piece share a score, so pieces whose merges are interleaved share one, too.
@@ -156,7 +160,7 @@ def scores_of(merges):
     return scores
 
 
-def prove_equal(model, pieces, merges):
+def prove_equal(model: bytes, pieces: list[str], merges: list[tuple[str, str]]) -> None:
     """Raise `ValueError` unless the model splits texts as these merges do.
 
     All merges that the model can do must be there, and no others. What is left is the order: it is
@@ -179,7 +183,7 @@ def prove_equal(model, pieces, merges):
             raise ValueError(f"its merges split {text!r} in another way than SentencePiece")
 
 
-def sample_texts(pieces, ranks):
+def sample_texts(pieces: list[str], ranks: dict[tuple[str, str], int]) -> Iterator[str]:
     """Texts to try an order of merges on: neighbours in the vocabulary, and what repeats itself."""
     step = 4 * (1 + len(pieces) // 8000)
     yield from ("".join(pieces[i : i + 4]) for i in range(0, len(pieces), step))

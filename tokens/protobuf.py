@@ -6,9 +6,10 @@ least significant group first. Source: protobuf.dev/programming-guides/encoding.
 """
 
 import struct
+from collections.abc import Iterator
 
 
-def fields(message):
+def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """`(number, value)` of every field: an int, or bytes. Raises `ValueError` where one is cut."""
     position = 0
     while position < len(message):
@@ -27,7 +28,7 @@ def fields(message):
         yield key >> 3, value
 
 
-def read_int(message, position):
+def read_int(message: bytes, position: int) -> tuple[int, int]:
     """The integer that begins at a position, and the position after it."""
     value = shift = 0
     while position < len(message) and shift < 70:
@@ -39,7 +40,7 @@ def read_int(message, position):
     raise ValueError(f"no protobuf message: an integer is cut at byte {position}")
 
 
-def field(number, value):
+def field(number: int, value: int | float | str | bytes) -> bytes:
     """One encoded field; value: int or bool (not negative), float (as 4 bytes), str or bytes."""
     if isinstance(value, float):
         return encoded_int(number << 3 | 5) + struct.pack("<f", value)
@@ -49,7 +50,7 @@ def field(number, value):
     return encoded_int(number << 3 | 2) + encoded_int(len(value)) + value
 
 
-def encoded_int(value):
+def encoded_int(value: int) -> bytes:
     """An integer in groups of 7 bits."""
     encoded = bytearray()
     while value > 127:

@@ -11,7 +11,9 @@ import itertools
 import json
 import zlib
 from codecs import BOM_UTF8
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from program.errors import InputError
 
@@ -23,7 +25,7 @@ BATCH_BYTES, BATCH_RECORDS = 1 << 20, 512
 BUFFER = 1 << 20  # bytes
 
 
-def data_files(paths):
+def data_files(paths: Iterable[str | Path]) -> list[Path]:
     """The files that `--data` means; a folder stands for the data files in it, sorted by name.
 
     Where it has none itself, as a cloned data set, it stands for those of its folders. Raises
@@ -51,7 +53,7 @@ def data_files(paths):
     return files
 
 
-def inside_of(folder):
+def inside_of(folder: Path) -> tuple[list[Path], list[Path]]:
     """(data files, files that are none but have such names) of a folder, or of those in it."""
     own = sorted(folder.iterdir())
     below = [p for p in own if p.is_dir() and not p.name.startswith(".")]
@@ -64,7 +66,7 @@ def inside_of(folder):
     return [], skipped
 
 
-def found_in(path):
+def found_in(path: str | Path) -> str:
     """A line for the user on what `data_files` takes of a folder; empty for a file."""
     if not Path(path).is_dir():
         return ""
@@ -75,11 +77,11 @@ def found_in(path):
     return f"{path}: {listed}" + (f"; skipped, as no data: {skipped}" if skipped else "")
 
 
-def is_data(path):
+def is_data(path: Path) -> bool:
     return path.name.endswith((*SUFFIXES, ZSTD)) and not path.name.startswith(".")
 
 
-def records(path, fields=None):
+def records(path: Path, fields: Collection[str] | None = None) -> Iterator[tuple[int, dict]]:
     """Yield `(number, record)`: each object of a file, with its line or its place, from 1.
 
     Blank lines are counted and skipped. Raises `InputError`, with file and number, for bad data.
@@ -91,7 +93,9 @@ def records(path, fields=None):
                 yield number, record
 
 
-def read_batches(path, fields=None):
+def read_batches(
+    path: Path, fields: Collection[str] | None = None
+) -> Iterator[tuple[int, list, float]]:
     """Yield `(first, batch, done)`: the number of the batch's first record, the records (lines as
     bytes, or parsed values), and the share of the file that has been read.
 
@@ -105,7 +109,7 @@ def read_batches(path, fields=None):
         yield from read_lines(path)
 
 
-def read_lines(path):
+def read_lines(path: Path) -> Iterator[tuple[int, list[bytes], float]]:
     size = max(path.stat().st_size, 1)
     with open(path, "rb") as raw:
         lines = decompressed(raw, path)
@@ -124,14 +128,14 @@ def read_lines(path):
             yield first, batch, 1.0
 
 
-def decompressed(raw, path):
+def decompressed(raw: BinaryIO, path: Path) -> Iterable[bytes]:
     """The lines of an open file, as its name says it is compressed."""
     if path.suffix == ".zst":
         return zstd_lines(raw, path)
     return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
 
 
-def zstd_lines(raw, path):
+def zstd_lines(raw: BinaryIO, path: Path) -> Iterator[bytes]:
     """The lines of a file of zstd frames. (The package's own reader ends in silence where the file
     was cut short.) Raises `EOFError` for such a file."""
     try:
@@ -157,7 +161,7 @@ def zstd_lines(raw, path):
         yield rest
 
 
-def read_json(path):
+def read_json(path: Path) -> Iterator[tuple[int, list, float]]:
     """A list, held in memory as a whole, or lines, as in `.jsonl`."""
     with open(path, "rb") as file:
         beginning = file.read(BUFFER).removeprefix(BOM_UTF8).lstrip()
@@ -173,7 +177,9 @@ def read_json(path):
         yield i + 1, batch, (i + len(batch)) / len(values)
 
 
-def read_parquet(path, fields):
+def read_parquet(
+    path: Path, fields: Collection[str] | None
+) -> Iterator[tuple[int, list[dict], float]]:
     with parquet(path) as table:
         first, rows, names = 1, max(table.metadata.num_rows, 1), table.schema_arrow.names
         wanted = [name for name in names if fields is None or name in fields]
@@ -193,7 +199,7 @@ def read_parquet(path, fields):
             first += batch.num_rows
 
 
-def values_of(column, name, path, first):
+def values_of(column: Any, name: str, path: Path, first: int) -> list:
     """The values of a column; raises `InputError` for one that Python cannot hold."""
     try:
         return column.to_pylist()
@@ -204,7 +210,7 @@ def values_of(column, name, path, first):
 
 
 @contextlib.contextmanager
-def parquet(path):
+def parquet(path: Path) -> Iterator[Any]:
     """The parquet file, opened to be read in small pieces."""
     try:
         import pyarrow
@@ -220,7 +226,7 @@ def parquet(path):
         raise InputError(f"{path}: not a readable parquet file ({error})") from None
 
 
-def parse(raw, path, number):
+def parse(raw: object, path: Path, number: int) -> dict | None:
     """The object of one record, given as a line's bytes or parsed; None for a blank line."""
     record = raw
     if isinstance(raw, bytes):

@@ -6,14 +6,15 @@ like is shapes.py's.
 """
 
 from tokens.shapes import conversation, pair, texts
+from tokens.tokenizer import Tokenizer
 
 
-def encode_conversation(record, tokenizer):
+def encode_conversation(record: dict, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """`[(ids, trained)]` of a record of one of the `SHAPES`."""
     return [tokenizer.encode(conversation(record))]
 
 
-def encode_pair(record, tokenizer):
+def encode_pair(record: dict, tokenizer: Tokenizer) -> list[tuple[list[int], list[bool]]]:
     """`[chosen, rejected]`, each `(ids, trained)`, of a record `{"chosen": […], "rejected": […]}`.
 
     Both are lists of messages, as in UltraFeedback; only the last message, the answer, is trained.

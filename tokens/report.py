@@ -6,11 +6,12 @@ import numpy as np
 
 from program.errors import amount
 from tokens.shapes import SIDES
+from tokens.tokenizer import Tokenizer
 
 MOST = 2000  # tokens of a sequence that are shown
 
 
-def print_lengths(lengths, kind="conversation"):
+def print_lengths(lengths: np.ndarray, kind: str = "conversation") -> None:
     """Percentiles of the lengths, and their histogram in powers of two."""
     shares = (5, 25, 50, 75, 95, 99, 100)
     values = zip(shares, np.percentile(lengths, shares), strict=True)
@@ -23,7 +24,9 @@ def print_lengths(lengths, kind="conversation"):
         print(f"  ≤ {2**power:>7,} {counts[power]:>9,} {bar}")
 
 
-def print_sequences(tokenizer, name, sequences):
+def print_sequences(
+    tokenizer: Tokenizer, name: str, sequences: list[tuple[np.ndarray, np.ndarray]]
+) -> None:
     """A conversation, or a pair as its prompt, the chosen and the rejected answer.
 
     sequences: its one or two `(ids, trained)`. The two of a pair begin alike, with the prompt.
@@ -41,7 +44,7 @@ def print_sequences(tokenizer, name, sequences):
         print(f"\n{name}, {part}, {long}:\n{highlight(tokenizer, ids, trained)}")
 
 
-def highlight(tokenizer, ids, trained):
+def highlight(tokenizer: Tokenizer, ids: np.ndarray, trained: np.ndarray) -> str:
     """The text of some tokens, BOS and EOS written out, what is trained in green (or in ⟦⟧).
 
     Of more than `MOST` the middle is left out.

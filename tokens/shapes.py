@@ -6,6 +6,7 @@ two lists of messages that begin with the prompt; or the prompt stands apart, in
 """
 
 import json
+from collections.abc import Iterable
 
 from tokens.tokenizer import ROLES
 
@@ -18,7 +19,7 @@ NOTHING = (None, False, "", "[]", [], {})  # what a field holds that says nothin
 # ---- Shapes of conversations
 
 
-def conversation(record):
+def conversation(record: dict) -> list[dict]:
     """The messages of a record; `ValueError` names the fields of one that has no known shape."""
     for fields, also, _, read in SHAPES:
         if has(record, fields):
@@ -26,11 +27,11 @@ def conversation(record):
     raise ValueError(f"{fields_of(record)}, expected {KNOWN}")
 
 
-def sharegpt(record):
+def sharegpt(record: dict) -> list[dict]:
     return plain_messages(record["conversations"], "conversations", ("from", "value"), SHAREGPT)
 
 
-def prompt_completion(record):
+def prompt_completion(record: dict) -> list[dict]:
     prompt = one_or_more(record["prompt"], "user", "prompt")
     completion = one_or_more(record["completion"], "assistant", "completion")
     if prompt[-1]["role"] == "assistant" or completion[0]["role"] != "assistant":
@@ -41,7 +42,7 @@ def prompt_completion(record):
     return [message | {"weight": 0} for message in prompt] + completion
 
 
-def alpaca(record):
+def alpaca(record: dict) -> list[dict]:
     fields = ("instruction", "input") if has(record, ["input"]) else ("instruction",)
     parts = [text_of(record[name], name) for name in fields]
     question = "\n\n".join(part for part in parts if part.strip())
@@ -50,7 +51,7 @@ def alpaca(record):
     return earlier + turn(question, answer)
 
 
-def earlier_turns(history):
+def earlier_turns(history: object) -> list[dict]:
     """The messages of LLaMA-Factory's `history`; its answers are trained, as they are there."""
     messages = []
     if not isinstance(history, list):
@@ -64,7 +65,7 @@ def earlier_turns(history):
     return messages
 
 
-def turn(question, answer):
+def turn(question: str, answer: str) -> list[dict]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
@@ -93,11 +94,11 @@ FIELDS = {name for fields, also, *_ in SHAPES for name in fields + also}
 FIELDS |= {"system", *SIDES, *UNREAD}
 
 
-def is_pair(record):
+def is_pair(record: dict) -> bool:
     return has(record, SIDES)
 
 
-def remark(record, pairs):
+def remark(record: dict, pairs: bool) -> str:
     """What a user should know of a record's shape; empty where it is plain messages."""
     system = "the system text becomes the first message" * (record.get("system") not in NOTHING)
     if pairs:
@@ -107,16 +108,16 @@ def remark(record, pairs):
     return "; ".join(filter(None, (of_shape, system)))
 
 
-def has(record, fields):
+def has(record: dict, fields: Iterable[str]) -> bool:
     return all(record.get(name) is not None for name in fields)
 
 
-def fields_of(record):
+def fields_of(record: dict) -> str:
     names = [name if record[name] is not None else f"{name} (null)" for name in sorted(record)]
     return f"found {', '.join(names)[:200] or 'no field'}"
 
 
-def after_system(record, messages, also=()):
+def after_system(record: dict, messages: list[dict], also: Iterable[str] = ()) -> list[dict]:
     """The messages after the record's `system` text, if it has one and they do not hold it.
 
     also: the fields of `UNREAD` that the record's shape has read.
@@ -141,14 +142,14 @@ def after_system(record, messages, also=()):
 # ---- Pairs
 
 
-def pair(record):
+def pair(record: dict) -> list[list[dict]]:
     """The messages of chosen and of rejected, each from the prompt to the answer."""
     if not any(has(record, [name]) for name in SIDES):
         raise ValueError(f"{fields_of(record)}, expected {' and '.join(SIDES)}")
     return [whole_side(record, name) for name in SIDES]
 
 
-def whole_side(record, name):
+def whole_side(record: dict, name: str) -> list[dict]:
     """The messages of one side; those of `prompt` are put before an answer that stands alone."""
     side, prompt = plain_messages(record.get(name), name), record.get("prompt")
     if side[-1]["role"] != "assistant":
@@ -175,7 +176,7 @@ def whole_side(record, name):
     )
 
 
-def texts(messages):
+def texts(messages: list[dict]) -> list[tuple[str, str]]:
     """Roles and contents, stripped as the chat format strips them, to be compared."""
     return [(message["role"], message["content"].strip()) for message in messages]
 
@@ -183,7 +184,10 @@ def texts(messages):
 # ---- Messages
 
 
-def plain_messages(messages, name, keys=("role", "content"), roles=OPENAI):
+def plain_messages(
+    messages: object, name: str, keys: tuple[str, str] = ("role", "content"),
+    roles: dict[str, str] = OPENAI,
+) -> list[dict]:  # fmt: skip
     """The messages as `tokenizer.encode` takes them; `ValueError` names what is wrong in them.
 
     name: of their field. keys: of a message's role and content. roles: known names → roles.
@@ -208,13 +212,13 @@ def plain_messages(messages, name, keys=("role", "content"), roles=OPENAI):
     return plain
 
 
-def one_or_more(value, role, name):
+def one_or_more(value: object, role: str, name: str) -> list[dict]:
     """The messages of a field that holds a list of them, or the text of one."""
     value = [{"role": role, "content": value}] if isinstance(value, str) else value
     return plain_messages(value, name)
 
 
-def is_trained(message, where):
+def is_trained(message: dict, where: str) -> bool:
     """Whether an assistant's message is trained: not with `weight: 0` or `train: false`."""
     for name in ("tool_calls", "function_call"):
         if message.get(name):
@@ -232,7 +236,7 @@ def is_trained(message, where):
     return all(value is None or value for value in values.values())
 
 
-def text_of(content, where):
+def text_of(content: object, where: str) -> str:
     """A content's text: the string itself, or its text parts joined."""
     if isinstance(content, list) and content:
         for k, part in enumerate(content):
@@ -254,7 +258,7 @@ def text_of(content, where):
     return content
 
 
-def excerpt(value):
+def excerpt(value: object) -> str:
     """The first 40 characters of a value as JSON, for a message; parquet holds other types, too."""
     try:
         return json.dumps(value, default=repr)[:40]

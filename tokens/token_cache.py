@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ FORMAT = 3  # of the arrays and of the encoding; a new number makes every cache 
 ARRAYS = {"tokens": np.int32, "trained": np.bool_, "index": np.int64}
 
 
-def token_cache(path, model_folder, encode_record, fallback=None):
+def token_cache(path: Path, model_folder: str | Path, encode_record: Callable,
+                fallback: str | Path | None = None) -> tuple[dict, str]:  # fmt: skip
     """The arrays of `path`'s token cache, which is made if there is none, and the cache's key.
 
     The cache stands beside the file or, where that folder cannot be written, in the folder
@@ -62,7 +64,7 @@ def token_cache(path, model_folder, encode_record, fallback=None):
     )
 
 
-def cache_key(path, model_folder, encode_record):
+def cache_key(path: Path, model_folder: str | Path, encode_record: Callable) -> str:
     """SHA-256 of all that decides the tokens: data, tokenizer, its `legacy`, and the encoding."""
     tokenizer = loaded_tokenizer(str(model_folder))
     sha = hashlib.sha256(f"{FORMAT} {encode_record.__name__} {tokenizer.legacy}".encode())
@@ -73,7 +75,7 @@ def cache_key(path, model_folder, encode_record):
     return sha.hexdigest()
 
 
-def open_cache(place):
+def open_cache(place: Path) -> dict[str, np.ndarray] | None:
     """The arrays of a cache, tokens memory-mapped; None where it is absent or was cut short."""
     try:
         index = np.fromfile(place / "index", ARRAYS["index"]).reshape(-1, 4)
@@ -88,16 +90,13 @@ def open_cache(place):
         return None
 
 
-def make_cache(place, path, model_folder, encode_record):
+def make_cache(place: Path, path: Path, model_folder: str | Path, encode_record: Callable) -> None:
     """Encode `path` with all cores into the folder `place`, which appears whole or not at all."""
     encode = functools.partial(encode_batch, path, str(model_folder), encode_record)
     bar = tqdm(
-        total=100,
-        desc=f"tokenising {path.name}",
-        leave=False,
-        disable=None,
+        total=100, desc=f"tokenising {path.name}", leave=False, disable=None,
         bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}<{remaining}{postfix}",
-    )
+    )  # fmt: skip
     tokens = 0
     try:
         with bar, folder_written_aside(place) as folder:
@@ -119,7 +118,8 @@ def make_cache(place, path, model_folder, encode_record):
         raise RunError(f"{place}: the token cache could not be made ({one_line(error)})") from None
 
 
-def encode_batch(path, model_folder, encode_record, first, batch):
+def encode_batch(path: Path, model_folder: str, encode_record: Callable, first: int,
+                 batch: list) -> tuple[np.ndarray, ...]:  # fmt: skip
     """Arrays (tokens, trained, index) of consecutive records, numbered from `first`."""
     tokenizer = loaded_tokenizer(model_folder)
     # Bytes take a tenth of the time that a numpy array for each record would.
@@ -137,14 +137,11 @@ def encode_batch(path, model_folder, encode_record, first, batch):
             trained += mask
             spans = mask.count(b"\1\0") + mask[-1]  # each ends before a 0, or at the end
             index.append((len(ids), mask.count(1), spans, number))
-    return (
-        np.frombuffer(tokens, np.int32),
-        np.frombuffer(trained, np.bool_),
-        np.array(index, np.int64).reshape(-1, 4),
-    )
+    index = np.array(index, np.int64).reshape(-1, 4)
+    return np.frombuffer(tokens, np.int32), np.frombuffer(trained, np.bool_), index
 
 
 @functools.lru_cache
-def loaded_tokenizer(model_folder):
+def loaded_tokenizer(model_folder: str) -> Tokenizer:
     """The tokenizer of a folder, loaded once in each process."""
     return Tokenizer(model_folder)

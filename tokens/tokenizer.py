@@ -12,6 +12,8 @@ transformers and vLLM (tests/tokens/test_tokenizer.py checks that both give the 
 `prompt_ids` in evals/harness.py. A prompt has to end in a line feed, which never merges.
 """
 
+from pathlib import Path
+
 import sentencepiece
 
 from program.errors import InputError
@@ -30,7 +32,7 @@ class Tokenizer:
     serialised SentencePiece model. Raises `InputError` for a tokenizer of another kind.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder: str | Path) -> None:
         self.path, config = tokenizer_file(folder), tokenizer_config(folder)
         is_json = self.path.suffix == ".json"
         self.model = model_from_json(self.path, config) if is_json else self.path.read_bytes()
@@ -46,7 +48,7 @@ class Tokenizer:
         self.line_feed = self.sp.piece_to_id("<0x0A>")
         self.check_like_llama()
 
-    def check_like_llama(self):
+    def check_like_llama(self) -> None:
         """Raise `InputError` where the model lacks a property that `encode` relies on."""
         space, sample = self.sp.piece_to_id("▁"), "  ａ ﬁ\t\r  é "
         scores = piece_scores(self.sp)
@@ -65,7 +67,7 @@ class Tokenizer:
                     "(BPE, byte fallback, identity normalisation, dummy prefix)"
                 )
 
-    def check_fits(self, rows):
+    def check_fits(self, rows: int) -> None:
         """Raise `InputError` where a token id would have no row in a model's embedding."""
         pad = pad_token_id(self.path.parent)
         if pad is not None and not -rows <= pad < rows:
@@ -79,12 +81,11 @@ class Tokenizer:
                 "model's embedding (vocab_size)"
             )
 
-    def encode(self, messages):
-        """`(ids, trained)` of a conversation: lists of int and of bool, of the same length.
+    def encode(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """`(ids, trained)` of a conversation, of the same length.
 
-        The content and the EOS of every assistant message are trained, but for messages with
-        `"weight": 0` (tokens/shapes.py writes it). A user's "Hi" and an
-        assistant's "Hello!", with Llama 2's tokenizer (⏎ is the byte piece <0x0A>):
+        The content and the EOS of every assistant message are trained, unless its `weight` is 0
+        (see tokens/shapes.py). A user's "Hi" and an assistant's "Hello!" (⏎ is the piece <0x0A>):
 
             <s>  ▁<     |  user      |      >   ⏎     Hi   ⏎
               1  529  29989  1792  29989  29958  13  18567  13
@@ -95,31 +96,31 @@ class Tokenizer:
         """
         return self._encode(messages, answer=False)
 
-    def prompt(self, messages, prefill=""):
+    def prompt(self, messages: list[dict], prefill: str = "") -> list[int]:
         """Token ids up to where the next answer begins: they end in `<|assistant|>⏎`.
 
         prefill: the beginning of the answer, put into the assistant's mouth.
         """
         return self._encode(messages, answer=True, prefill=prefill)[0]
 
-    def raw(self, text):
+    def raw(self, text: str) -> list[int]:
         """Token ids of BOS and a text to be continued as it is, without the chat format."""
         return [self.bos_id, *self.sp.encode(text)]
 
-    def decode(self, ids):
+    def decode(self, ids: list[int]) -> str:
         """Text of generated ids; BOS, EOS and ids without a piece are left out."""
         return self.sp.decode(self.with_piece(ids))
 
-    def continuation(self, ids):
+    def continuation(self, ids: list[int]) -> str:
         """Text of ids that follow others: a space before the first word is kept."""
         # SentencePiece drops it at the beginning of a text, so the text begins with a line feed.
         return self.sp.decode([self.line_feed, *self.with_piece(ids)])[1:]
 
-    def with_piece(self, ids):
+    def with_piece(self, ids: list[int]) -> list[int]:
         """The ids that have a piece: a model with a padded vocabulary may generate others."""
         return [i for i in ids if i < self.vocab_size]
 
-    def visible(self, ids):
+    def visible(self, ids: list[int]) -> str:
         """Text of any ids for a person to read, with BOS and EOS written out."""
         text = b""
         for i in self.with_piece(ids):
@@ -163,7 +164,7 @@ class Tokenizer:
         return piece_ids if first or self.legacy else piece_ids[1:]
 
 
-def length_of_lines(ids, lines, line_feed):
+def length_of_lines(ids: list[int], lines: int, line_feed: int) -> int:
     """The number of ids that the first `lines` lines of an encoded text take.
 
     No piece contains a line feed, so counting line feeds finds where a prefix of the text ends.

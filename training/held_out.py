@@ -4,20 +4,26 @@ The loops turn log-probabilities into what they log: each has its own loss.
 """
 
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
 
 from checkpoint.run_folder import append_record
 from program.errors import InputError, RunError, amount
+from program.progress import LogLines
 from program.ranks import sum_over_ranks
 from tokens.documents import Documents, check_micro_tokens
 from training.reference import summed_logps
 
 
-def open_documents(config, encode_record, fallback, per_record):
+def open_documents(
+    config, encode_record: Callable, fallback: Path, per_record: int
+) -> tuple[Documents, Documents | None, str]:
     """(documents to train on, held-out documents or None, text that says what they are).
 
     The arguments are those of `Documents`. Raises `InputError` for bad data, and where one of the
@@ -52,7 +58,7 @@ def open_documents(config, encode_record, fallback, per_record):
     return documents, held_out, "\n".join(texts)
 
 
-def drawn(documents, seed, share):
+def drawn(documents: Documents, seed: int, share: float) -> np.ndarray:
     """Whether each record is held out, (records,) of bool, as (seed, file, record) alone decides.
 
     So neither ranks nor epochs matter, nor how many records are too long; and what a small share
@@ -67,14 +73,16 @@ def drawn(documents, seed, share):
     return draws < share
 
 
-def is_due(run, config, step):
+def is_due(run, config, step: int) -> bool:
     """Whether the held-out loss is measured after `step` updates: after the last one, always."""
     every = config.eval_every or run.per_epoch
     return run.held_out is not None and step > 0 and (step % every == 0 or step == run.last)
 
 
 @torch.no_grad()
-def held_out_logps(run, config, step, signals, device):
+def held_out_logps(
+    run, config, step: int, signals: list[int], device: torch.device
+) -> torch.Tensor | None:
     """Summed log-probabilities (n, per_record) fp64 of the held-out records, on every rank.
 
     None where they are not due after `step` updates, or where a signal asks any rank to stop: then
@@ -96,7 +104,7 @@ def held_out_logps(run, config, step, signals, device):
     return torch.cat(parts) if len(parts) == len(chunks) else None
 
 
-def log_held_out(run, step, metrics, bar):
+def log_held_out(run, step: int, metrics: dict[str, float], bar: tqdm | LogLines) -> None:
     """Add a record of the held-out data to metrics.jsonl, and its loss to the progress bar.
 
     Raises `RunError` where the loss is not finite.

@@ -11,16 +11,18 @@ import torch
 import torch.distributed as dist
 
 from data import update_count, update_members
+from model import LlamaConfig
 from planning.fit import NEAR, check_fits, fastest, fits
 from planning.memory import GIB, Layout
 from planning.updates import largest_rows
 from program.errors import amount
 from program.ranks import gather_lists
+from tokens.documents import Documents
 
 AT_ONCE = 512  # updates whose rows are planned together
 
 
-def layout_of(config, **facts):
+def layout_of(config, **facts) -> Layout:
     """The `Layout` that a loop's flags and these facts of the run make, on all ranks."""
     names = {field.name for field in dataclasses.fields(Layout)}
     flags = {name: value for name, value in vars(config).items() if name in names}
@@ -28,7 +30,7 @@ def layout_of(config, **facts):
     return Layout(ranks=dist.get_world_size(), **flags, **facts)
 
 
-def lay_out(config, model_config, documents, device):
+def lay_out(config, model_config: LlamaConfig, documents: Documents, device: torch.device) -> tuple:
     """`config` with `recompute` filled in, and what `shard` takes as `reshard`.
 
     On a GPU as few blocks recompute as let the run's longest row fit into what is free on every
@@ -49,7 +51,10 @@ def lay_out(config, model_config, documents, device):
     return dataclasses.replace(config, recompute=layout.recompute), not layout.keeps_gathered
 
 
-def choose(model_config, layout, available, recompute, shortest):
+def choose(
+    model_config: LlamaConfig, layout: Layout, available: float, recompute: int | None,
+    shortest: int,
+) -> tuple[Layout, str, str | None]:  # fmt: skip
     """The layout to run on GPUs that have `available` GiB, a line about it, a warning or None.
 
     recompute: the number of blocks, or None for the fewest that leave a twentieth of it free; if
@@ -74,7 +79,7 @@ def choose(model_config, layout, available, recompute, shortest):
     return chosen, line, warning
 
 
-def longest_row(config, hidden_size, documents):
+def longest_row(config, hidden_size: int, documents: Documents) -> dict[str, int]:
     """The most that any rank has in the run: tokens and trained tokens of a row, rows an update.
 
     As fields of a `Layout`. Every rank looks at its share of the updates, some at a time.

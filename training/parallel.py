@@ -9,20 +9,23 @@ import functools
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from model import Llama
+from training.flags import RunFlags
 
-def shard(model, config, device, reshard=None):
+
+def shard(model: Llama, config: RunFlags, device: torch.device,
+          reshard: bool | None = None) -> None:  # fmt: skip
     """Make a model that was built on the meta device ready to train, in place.
 
-    config: `RunFlags`. The last `recompute` blocks compute their activations again in backward.
-    compile: torch.compile for each block. Then FSDP2 shards the weights over each replica's ranks,
-    and each rank gets memory, not filled yet, for its own slices alone. Master weights, gradients
-    and their reduction are fp32; the blocks compute in `config.dtype`. reshard: whether a block's
-    gathered weights are freed between forward and backward (default: where there are others' among
-    them).
+    The last `recompute` blocks compute their activations again in backward. compile: torch.compile
+    for each block. Then FSDP2 shards the weights over each replica's ranks, and each rank gets
+    memory, not filled yet, for its own slices alone. Master weights, gradients and their reduction
+    are fp32; the blocks compute in `config.dtype`. reshard: whether a block's gathered weights are
+    freed between forward and backward (default: where some of them are other ranks').
     """
     world, dtype = dist.get_world_size(), getattr(torch, config.dtype)
     layers = model.model.layers
@@ -53,8 +56,8 @@ def shard(model, config, device, reshard=None):
     model.to_empty(device=device)
 
 
-def mesh_of_ranks(device, world, replicas):
-    """All ranks in one row or, of several replicas, in one row each (hybrid sharding, HSDP).
+def mesh_of_ranks(device: torch.device, world: int, replicas: int) -> DeviceMesh:
+    """One row of all ranks or, with several replicas, a row for each (hybrid sharding, HSDP).
 
     Weights are sharded along a row. Gradients are summed along it, too, and then over the rows.
     """

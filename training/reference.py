@@ -1,5 +1,4 @@
-"""Log-probabilities of answers: the policy's, with gradients; the reference's, made once; and those
-of held-out data.
+"""Log-probabilities of answers: the policy's, with gradients, the reference's, and held-out data's.
 
 All come from `answer_logps`, so that before the first update they are equal but for rounding.
 Called by dpo.py and held_out.py.
@@ -13,15 +12,18 @@ import torch.distributed as dist
 
 from checkpoint.reference_file import read_reference, reference_files, write_reference
 from data import pack_row, plan_rows
+from model import Llama
 from program.errors import RunError, amount
 from program.progress import progress_bar
+from tokens.documents import Documents
 
 
-def answer_logps(model, documents, pairs, device):
+def answer_logps(model: Llama, documents: Documents, pairs: np.ndarray,
+                 device: torch.device) -> torch.Tensor:  # fmt: skip
     """Summed log-probability (n, 2) of the chosen and the rejected answer of each of n pairs.
 
-    The pairs are one packed row, in which a prompt stands once. Of conversations it is (n, 1), of
-    all their answers. Differentiable; the reference is computed by this, too.
+    The pairs are one packed row, in which a prompt stands once. For conversations (n, 1): the sum
+    over all answers of each. Differentiable; the reference is computed by this, too.
     """
     arrays = pack_row(documents.sequences(pairs), documents.shared[pairs].ravel())
     nll = model(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()})  # (N,)
@@ -32,7 +34,8 @@ def answer_logps(model, documents, pairs, device):
     return torch.stack([-answer.sum() for answer in answers]).view(-1, per_record)
 
 
-def summed_logps(model, documents, records, config, device):
+def summed_logps(model: Llama, documents: Documents, records: np.ndarray, config,
+                 device: torch.device) -> torch.Tensor:  # fmt: skip
     """`answer_logps` of any number of records, in fp64, on every rank: each computes a share."""
     tokens, squares = documents.tokens[records], documents.squares[records]
     part = torch.zeros(documents.trained_counts[records].shape, dtype=torch.float64)
@@ -44,14 +47,14 @@ def summed_logps(model, documents, records, config, device):
 
 
 @torch.no_grad()
-def reference_logps(model, documents, config, weights, device):
+def reference_logps(model: Llama, documents: Documents | None, config, weights: str,
+                    device: torch.device) -> torch.Tensor:  # fmt: skip
     """Log-probabilities (n, 2) fp64 of the answers under the model as it is now, before training.
 
     The same code, packing and precision as the policy's. They are kept beside the data or, where
     that folder cannot be written, in the output folder, every thousand pairs: a computation that
-    was cut short goes on, and a second run needs none. weights: `weights_key` of the model's
-    folder. documents: None has no answers. Raises `RunError` where one of them is not finite, and
-    on rank 0 if no disk takes them.
+    was cut short goes on, and a second run needs none. weights: its folder's `weights_key`.
+    Raises `RunError` where one of them is not finite, and on rank 0 if no disk takes them.
     """
     rank, count = dist.get_rank(), len(documents or ())
     if not count:
@@ -75,7 +78,7 @@ def reference_logps(model, documents, config, weights, device):
     return logps
 
 
-def check_reference(logps, documents, pairs):
+def check_reference(logps: torch.Tensor, documents: Documents, pairs: np.ndarray) -> None:
     """Raise `RunError`, naming them, where pairs have log-probabilities that are not finite."""
     bad = pairs[~logps.isfinite().all(1).numpy()]
     if len(bad):

@@ -4,7 +4,9 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from checkpoint.resume import save_run
@@ -12,12 +14,15 @@ from checkpoint.run_folder import exported_models
 from checkpoint.weights import save_adapter, save_hf
 from program.files import fsync
 from program.ranks import gather_lists, raise_together, sum_over_ranks
-from training.flags import DEMO
+from training.flags import DEMO, OutputFlags
 from training.held_out import is_due
 from training.trackers import finish_trackers
 
 
-def save_or_export(run, config, step, first, optimizer, stop, signals):
+def save_or_export(
+    run, config, step: int, first: int, optimizer: torch.optim.Optimizer, stop: float,
+    signals: list[int],
+) -> float:  # fmt: skip
     """Save and export what is due after `step` updates. Returns whether the run is to stop.
 
     first: the updates that were done when this start of the program began. stop: whether a signal
@@ -35,7 +40,7 @@ def save_or_export(run, config, step, first, optimizer, stop, signals):
     return stop
 
 
-def exported_steps(run, config):
+def exported_steps(run, config: OutputFlags) -> range:
     """After which updates the model is exported. Not after the last: then it becomes OUT itself."""
     if config.export_every is None:
         return range(0)
@@ -43,13 +48,13 @@ def exported_steps(run, config):
     return range(every, run.last, every)
 
 
-def exports_at_once(run, config):
+def exports_at_once(run, config: OutputFlags) -> int:
     """How many exported models the disk has to hold: with --keep-exports one more for a moment."""
     most = config.keep_exports + 1 if config.keep_exports else run.last
     return min(most, len(exported_steps(run, config)))
 
 
-def export(run, config, step):
+def export(run, config, step: int) -> None:
     """Write the model of now as the HF folder `OUT/step-…/`, unless the start before this one did.
 
     With adapters the folder holds them alone, in PEFT's format (--export-merged: the merged model).
@@ -77,7 +82,7 @@ def export(run, config, step):
     raise_together(failure, f"{place}: the model could not be exported")
 
 
-def stop_run(run, step, signals):
+def stop_run(run, step: int, signals: list[int]) -> NoReturn:
     """End the program as a signal asks, after the checkpoint of update `step`."""
     if dist.get_rank() == 0:
         finish_trackers(run.trackers)
@@ -86,7 +91,7 @@ def stop_run(run, step, signals):
     sys.exit(128 + gather_lists(signals)[0])
 
 
-def going_on(config, command):
+def going_on(config, command: str) -> str:
     """What the user can do with a run that ended early: `command`, but not in the demo's folder."""
     if Path(config.out) in map(Path, DEMO.values()):
         return f"the demo starts afresh every time; with an --out of your own, {command}"

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from program.hardware import environment
 from tokens.documents import Documents
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
+from training.flags import RunFlags
 from training.held_out import open_documents
 from training.layout import lay_out, layout_of
 from training.saving import exports_at_once, going_on
@@ -60,7 +62,7 @@ class Run:
     lock: Any  # held until this process ends, so that no other run writes to `out`
 
 
-def open_run(config, device, encode_record, pairs=False):
+def open_run(config, device: torch.device, encode_record: Callable, pairs: bool = False) -> Run:
     """Check flags, model, tokenizer, output folder and data, and return them as a `Run`.
 
     encode_record: `encode_conversation` or, with pairs=True, `encode_pair`; then the model is also
@@ -119,7 +121,7 @@ def open_run(config, device, encode_record, pairs=False):
     return run
 
 
-def print_changes(longest, positions, as_text):
+def print_changes(longest: int, positions: int, as_text: list[str]) -> None:
     """Say where the model that is saved at the end will differ from the base, not in its weights.
 
     as_text: the texts that are tokens of the base's, and not of ours.
@@ -134,7 +136,7 @@ def print_changes(longest, positions, as_text):
         print(f"tokens of the base, plain text here and in the saved tokenizer: {listed}")
 
 
-def start_log(run, config, first, device):
+def start_log(run: Run, config, first: int, device: torch.device) -> None:
     """Begin metrics.jsonl, or go on with it after `first` updates, and say so; rank 0 acts.
 
     What an earlier start of the program left of later updates goes, and so does config.json: while
@@ -156,7 +158,7 @@ def start_log(run, config, first, device):
     )
 
 
-def finish_run(run, config):
+def finish_run(run: Run, config: RunFlags) -> None:
     """After `save_hf`: tidy the output folder, free it, and say what is in it; rank 0 acts."""
     if dist.get_rank() == 0:
         ended_early = run.last < run.total

@@ -13,16 +13,18 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from program.errors import InputError, one_line
+from training.flags import OutputFlags
 
 TRACKERS = ("tensorboard", "wandb")  # flags, and the packages that they need
 ROOT = Path(__file__).parent.parent
 PATIENCE = 60  # seconds that the run waits at its end, for what is still to be sent
 
 
-def check_trackers(config):
+def check_trackers(config: OutputFlags) -> None:
     """Raise `InputError` where a tracker that the flags ask for is not installed."""
     for name in TRACKERS:
         # A mere folder of that name, in which wandb keeps its files, has a spec without an origin.
@@ -31,7 +33,7 @@ def check_trackers(config):
             raise InputError(f"--{name}: the package is not installed: pip install {name}")
 
 
-def start_trackers(folder, config):
+def start_trackers(folder: str | Path, config: OutputFlags) -> list[subprocess.Popen]:
     """Start a process for each tracker, which reads `folder`/metrics.jsonl until this one ends.
 
     Returns the processes, for `finish_trackers`.
@@ -48,7 +50,7 @@ def start_trackers(folder, config):
     return trackers
 
 
-def finish_trackers(trackers):
+def finish_trackers(trackers: list[subprocess.Popen]) -> None:
     """Have the trackers send the rest, and wait for them for up to `PATIENCE` seconds each."""
     for tracker in trackers:
         tracker.stdin.close()
@@ -60,7 +62,7 @@ def finish_trackers(trackers):
 # ---- The process itself
 
 
-def new_records(path):
+def new_records(path: Path) -> Iterator[dict]:
     """The records of a log as they come, until standard input is closed; then the rest."""
     with open(path, "rb") as file:
         line, ended = b"", False
@@ -75,14 +77,14 @@ def new_records(path):
                 ended = bool(select.select([sys.stdin], [], [], 1.0)[0])
 
 
-def values_of(record):
+def values_of(record: dict) -> dict:
     """The numbers of a record, by name; those of held-out data apart from those of updates."""
     prefix = "eval/" if record.get("event") == "eval" else ""
     names = [name for name in record if name not in ("step", "event")]
     return {prefix + name: record[name] for name in names if "step" in record}
 
 
-def to_tensorboard(folder, records):
+def to_tensorboard(folder: Path, records: Iterator[dict]) -> None:
     """Write `folder`/tensorboard, anew at each start: the log holds every update once."""
     from torch.utils.tensorboard import SummaryWriter
 
@@ -93,7 +95,7 @@ def to_tensorboard(folder, records):
                 writer.add_scalar(name, value, record["step"])
 
 
-def to_wandb(folder, records):
+def to_wandb(folder: Path, records: Iterator[dict]) -> None:
     """One run of Weights & Biases for an output folder, however often the folder's run goes on.
 
     Project and account are wandb's own settings (`WANDB_PROJECT`, `wandb login`). wandb takes a
@@ -115,7 +117,7 @@ def to_wandb(folder, records):
     run.finish()
 
 
-def main(folder, tracker):
+def main(folder: str, tracker: str) -> None:
     folder = Path(folder)
     records = new_records(folder / "metrics.jsonl")
     try:

@@ -4,14 +4,18 @@ Called by the loops, sft.py and dpo.py, in this order.
 """
 
 import math
+from collections.abc import Collection
 
+import numpy as np
 import torch
 
+from model import LlamaConfig
 from program.errors import RunError
 from program.hardware import peak_flops, peak_memory_gib
+from tokens.documents import Documents
 
 
-def warmup_updates(total, ratio):
+def warmup_updates(total: int, ratio: float) -> int:
     """Updates of `total` in which the rate rises: ceil(ratio·total), but never all of them.
 
     Rounded before, since 0.1 · 30 is a little over 3 in floating point. A run of one update has no
@@ -20,7 +24,7 @@ def warmup_updates(total, ratio):
     return min(math.ceil(round(ratio * total, 6)), total - 1)
 
 
-def learning_rate(step, total, peak, warmup_ratio):
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
     """Rate of update `step` (from 0): linear from 0 to the peak, then to 0 after the last."""
     warmup = warmup_updates(total, warmup_ratio)
     if step < warmup:
@@ -28,9 +32,8 @@ def learning_rate(step, total, peak, warmup_ratio):
     return peak * (total - step) / (total - warmup)
 
 
-def make_optimizer(model, config):
-    """AdamW over all that is trained; the moments are fp32, as the parameters are (EasyLM
-    optimizers.py)."""
+def make_optimizer(model: torch.nn.Module, config) -> torch.optim.AdamW:
+    """AdamW over all that is trained; its moments are fp32, like it (EasyLM optimizers.py)."""
     return torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.lr,
@@ -41,7 +44,7 @@ def make_optimizer(model, config):
     )
 
 
-def clip_gradients(model, clip):
+def clip_gradients(model: torch.nn.Module, clip: float) -> float:
     """Scale the gradients to a global norm of at most `clip` (0: none). Returns the norm before.
 
     As `torch.nn.utils.clip_grad_norm_`, bit for bit. But that multiplies by 1 where the norm is
@@ -56,7 +59,8 @@ def clip_gradients(model, clip):
     return norm
 
 
-def check_finite(step, loss, grad_norm, documents, members):
+def check_finite(step: int, loss: float, grad_norm: float, documents: Documents,
+                 members: Collection[int]) -> None:  # fmt: skip
     """Raise `RunError`, with the names of the update's data, unless loss and norm are finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         names = ", ".join(documents.names(members))
@@ -66,31 +70,36 @@ def check_finite(step, loss, grad_norm, documents, members):
         )
 
 
-def model_flops(config, lengths, predicted, shared=()):
+def model_flops(config: LlamaConfig, lengths: Collection[float], predicted: int,
+                shared: Collection[float] = (), lora_rank: int = 0) -> int:  # fmt: skip
     """FLOPs of forward and backward over documents of these lengths (tokens); unit-tested.
 
     Per token 6 per weight of the blocks' matrices; per predicted token 6 per weight of the head;
     per document of n tokens and layer 6·n²·H·D: QKᵀ and PV are 2·n²·H·D each, half of it masked,
-    and backward is twice forward. Neither recomputation nor the embedding's look-up counts. shared:
-    lengths of the prompts that two of the documents have in common, which count once.
+    and backward is twice forward. Neither recomputation nor the embedding's look-up counts. With
+    LoRA the adapters' weights have 6, all others, which need no gradient, 4. shared: lengths of the
+    prompts that two of the documents have in common, which count once.
     """
     E, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     H, Hk, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    block = 2 * E * H * D + 2 * E * Hk * D + 3 * E * F
+    each = 4 if lora_rank else 6
+    block = each * (2 * E * H * D + 2 * E * Hk * D + 3 * E * F)
+    block += 6 * lora_rank * (7 * E + 2 * H * D + 2 * Hk * D + 3 * F)
     tokens, squares = (
         sum(int(n) ** power for n in lengths) - sum(int(n) ** power for n in shared)
         for power in (1, 2)
     )
-    layers = config.num_hidden_layers * (6 * block * tokens + 6 * squares * H * D)
-    return layers + 6 * V * E * int(predicted)
+    layers = config.num_hidden_layers * (block * tokens + 6 * squares * H * D)
+    return layers + each * V * E * int(predicted)
 
 
-def measurements(config, documents, members, seconds, device, world):
+def measurements(run, members: np.ndarray, seconds: float, device: torch.device,
+                 world: int) -> dict[str, float]:  # fmt: skip
     """What metrics.jsonl says of any update: tokens, speed, memory, and on a GPU its use, `mfu`.
 
-    config: of the model; members: the records of the update, on all ranks. MFU is `model_flops`
-    over what the GPUs could do at their peak.
+    members: the update's records, on all ranks. MFU is `model_flops` over the GPUs' peak.
     """
+    documents = run.documents
     tokens, trained = int(documents.tokens[members].sum()), documents.trained_counts[members].sum()
     record = {
         "trained_tokens": int(trained),
@@ -101,11 +110,12 @@ def measurements(config, documents, members, seconds, device, world):
     }
     if peak := peak_flops(device):
         lengths, shared = documents.lengths[members].ravel(), documents.shared[members].ravel()
-        record["mfu"] = model_flops(config, lengths, trained, shared) / seconds / peak / world
+        flops = model_flops(run.model.config, lengths, trained, shared, run.config.lora_rank)
+        record["mfu"] = flops / seconds / peak / world
     return record
 
 
-def bar_text(record):
+def bar_text(record: dict) -> str:
     """The figures of a record of metrics.jsonl that the progress bar shows."""
     formats = {
         "loss": "loss {:.4f}",

@@ -12,7 +12,9 @@ import io
 import itertools
 import json
 import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from program.errors import InputError
 from tokens import readers
@@ -23,7 +25,7 @@ CHUNK = 1 << 20  # bytes of a list read at once
 LONGEST = 64 << 20  # characters; a record of a list that does not end by then counts as broken
 
 
-def records(path):
+def records(path: Path) -> Iterator[tuple[str, dict]]:
     """Yield `(place, record)` for every record; its place is `path:number`, numbered from 1.
 
     In a .jsonl the number is that of the line. Raises `InputError`, with the place, for a broken
@@ -41,7 +43,7 @@ def records(path):
         yield f"{path}:{number}", record
 
 
-def count(path) -> int:
+def count(path: Path) -> int:
     """The number of records in a file."""
     if path.name.endswith(".parquet"):
         with readers.parquet(path) as table:
@@ -49,7 +51,7 @@ def count(path) -> int:
     return sum(1 for _ in records(path))
 
 
-def streamed(path, read):
+def streamed(path: Path, read: Callable) -> Iterator[tuple[int, dict]]:
     """Yield `(number, record)` for every record that `read` makes of the open file."""
     number = 0
     with open(path, "rb") as file:
@@ -60,7 +62,7 @@ def streamed(path, read):
             raise InputError(f"{path}:{number + 1}: {reason(error)}") from None
 
 
-def reason(error) -> str:
+def reason(error: Exception) -> str:
     """An error's text without positions, which would be those in a buffer."""
     if isinstance(error, json.JSONDecodeError):
         near = error.doc[max(0, error.pos - 20) : error.pos + 20]
@@ -72,7 +74,7 @@ def reason(error) -> str:
     return str(error)
 
 
-def csv_rows(file):
+def csv_rows(file: BinaryIO) -> Iterator[dict]:
     """The rows of a CSV with a header, as dicts; `ValueError` for one of another length."""
     rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
     for row in rows:
@@ -81,7 +83,7 @@ def csv_rows(file):
         yield row
 
 
-def list_items(file, chunk: int = CHUNK):
+def list_items(file: BinaryIO, chunk: int = CHUNK) -> Iterator[dict]:
     """The objects of one top-level JSON list, parsed one by one out of a growing buffer.
 
     An object that does not parse may only not have been read to its end. So the buffer grows until
@@ -138,7 +140,7 @@ def list_items(file, chunk: int = CHUNK):
         raise ValueError("more text after the end of the list")
 
 
-def find_files(raw: Path, chosen) -> dict[str, list[Path]]:
+def find_files(raw: Path, chosen: Iterable) -> dict[str, list[Path]]:
     """The raw files of every source, by the source's name.
 
     They are in the folder `raw`, or in a subfolder with the source's name. A file may end in
@@ -168,12 +170,12 @@ def find_files(raw: Path, chosen) -> dict[str, list[Path]]:
     return paths
 
 
-def without(rest) -> str:
+def without(rest: list[str]) -> str:
     """A hint for the message: how to build the other sources."""
     return f"; to go on without: --sources {' '.join(rest)}" if rest else ""
 
 
-def files_in(paths) -> list[Path]:
+def files_in(paths: list[Path]) -> list[Path]:
     """The files among the paths, and all readable files of each folder among them."""
     files = []
     for path in paths:
@@ -185,7 +187,7 @@ def files_in(paths) -> list[Path]:
 
 
 @contextlib.contextmanager
-def located(place: str):
+def located(place: str) -> Iterator[None]:
     """Put the record's place in front of an `InputError`."""
     try:
         yield

@@ -12,8 +12,10 @@ keyword filter, and those of the released data set after it.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from random import Random
+from typing import Any
 
 from program.errors import InputError, amount
 
@@ -33,7 +35,7 @@ class Source:
     repeat: int = 1  # how often the whole source is written
 
 
-def checked(value, what: str, *kinds: type):
+def checked(value: object, what: str, *kinds: type) -> Any:
     """The value; raises `InputError` if it is none of `kinds`, or text that UTF-8 cannot hold."""
     if type(value) not in kinds:
         expected = " or ".join(kind.__name__ for kind in kinds)
@@ -46,7 +48,7 @@ def checked(value, what: str, *kinds: type):
     return value
 
 
-def field(record, name: str, *kinds: type):
+def field(record: object, name: str, *kinds: type) -> Any:
     """`record[name]`, checked."""
     if name not in checked(record, f"what should hold {name!r}", dict):
         raise InputError(f"no field {name!r} (there are: {', '.join(map(str, record))})")
@@ -59,7 +61,7 @@ def chat(*texts: str) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
 
-def flan(record, _stream):
+def flan(record: dict, _stream: Random) -> Iterator[dict | str]:
     """FLAN v2 and its chain-of-thought part; a prompt ends in a newline or a colon."""
     prompt = field(record, "inputs", str)
     if not prompt.endswith("\n") and not prompt.rstrip().endswith(":"):
@@ -67,7 +69,7 @@ def flan(record, _stream):
     yield {"messages": chat(prompt, field(record, "targets", str))}
 
 
-def oasst1(record, _stream):
+def oasst1(record: dict, _stream: Random) -> Iterator[dict | str]:
     """Open Assistant: the path from the first prompt that takes the best reply at every message.
 
     Deleted messages do not count. The path is kept only if it ends in an answer without replies,
@@ -91,7 +93,7 @@ def oasst1(record, _stream):
     }[role]
 
 
-def oasst1_quality(node) -> float:
+def oasst1_quality(node: dict) -> float:
     """The mean of the reviewers' quality marks; 0 for a message without any."""
     labels = field(node, "labels", dict) if "labels" in node else {}
     if "quality" not in labels:
@@ -99,7 +101,7 @@ def oasst1_quality(node) -> float:
     return field(field(labels, "quality", dict), "value", float, int)
 
 
-def lima(record, _stream):
+def lima(record: dict, _stream: Random) -> Iterator[dict | str]:
     """LIMA: a list of texts by the user and the assistant in turn."""
     texts = [checked(text, "a message", str) for text in field(record, "conversations", list)]
     if len(texts) < 2:
@@ -110,7 +112,7 @@ def lima(record, _stream):
     yield {"messages": chat(*texts[: len(texts) // 2 * 2])}
 
 
-def alpaca(record, stream):
+def alpaca(record: dict, stream: Random) -> Iterator[dict | str]:
     """GPT4-Alpaca and Code-Alpaca: instruction and input, in a template drawn by weight."""
     instruction, answer = field(record, "instruction", str), field(record, "output", str)
     context = (field(record, "input", str, type(None)) or "").strip()
@@ -163,7 +165,7 @@ WITHOUT_INPUT = (
 )
 
 
-def sharegpt(record, _stream):
+def sharegpt(record: dict, _stream: Random) -> Iterator[dict | str]:
     """ShareGPT: split into chunks of whole pairs of messages of at most `SHAREGPT_LIMIT` tokens.
 
     `tokens`, the number of tokens of each message, is added by `mixture.py`. The split is greedy
@@ -202,7 +204,7 @@ def sharegpt(record, _stream):
             yield {"id": f"sharegpt_{record['id']}_{first}", "messages": messages}
 
 
-def sharegpt_texts(record) -> list[str]:
+def sharegpt_texts(record: dict) -> list[str]:
     """The texts of a raw ShareGPT record; checks its fields."""
     field(record, "id", str)
     turns = field(record, "conversations", list)
@@ -211,7 +213,7 @@ def sharegpt_texts(record) -> list[str]:
     return [field(turn, "value", str) for turn in turns]
 
 
-def wizardlm(record, _stream):
+def wizardlm(record: dict, _stream: Random) -> Iterator[dict | str]:
     """WizardLM Evol-Instruct V2."""
     turns = field(record, "conversations", list)
     senders = [field(turn, "from", str) for turn in turns]
@@ -221,20 +223,20 @@ def wizardlm(record, _stream):
     yield {"id": f"wizardlm_{field(record, 'idx', str, int)}", "messages": messages}
 
 
-def open_orca(record, _stream):
+def open_orca(record: dict, _stream: Random) -> Iterator[dict | str]:
     """Open-Orca: always with a system message, even if empty."""
     system = {"role": "system", "content": field(record, "system_prompt", str)}
     messages = chat(field(record, "question", str), field(record, "response", str))
     yield {"id": f"open_orca_{field(record, 'id', str)}", "messages": [system, *messages]}
 
 
-def science(record, _stream):
+def science(record: dict, _stream: Random) -> Iterator[dict | str]:
     """The science tasks: each of them is a `dataset`."""
     messages = chat(field(record, "input", str), field(record, "output", str))
     yield {"dataset": f"science.{field(record, 'dataset', str)}", "messages": messages}
 
 
-def hard_coded(record, _stream):
+def hard_coded(record: dict, _stream: Random) -> Iterator[dict | str]:
     """Questions about Tulu itself, with the answers it should give."""
     prompt, answer = field(record, "Prompt", str), field(record, "Output", str)
     if not prompt.strip() or not answer.strip():

@@ -143,6 +143,7 @@ def narrower(config, tensors):
         (lambda c, t: c.update(use_dora=True), "use_dora is True, only False is implemented"),
         (lambda c, t: c.update(peft_type="IA3"), "peft_type is 'IA3'"),
         (lambda c, t: c.update(bias="all"), "bias is 'all'"),
+        (lambda c, t: c.update(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
         (lambda c, t: c.update(r="four"), "r is 'four'"),
         (lambda c, t: c.update(r=5), "an adapter of another base"),
         (narrower, r"are (4, 63) and (64, 4), expected (4, 64) and (64, 4)"),
@@ -155,7 +156,20 @@ def narrower(config, tensors):
         ),
         (lambda c, t: t[FIRST].fill_(float("nan")), "not finite"),
     ],
-    ids=["dora", "ia3", "bias", "r", "rank", "width", "no A", "no B", "layer", "other", "nan"],
+    ids=[
+        "dora",
+        "ia3",
+        "bias",
+        "pissa",
+        "r",
+        "rank",
+        "width",
+        "no A",
+        "no B",
+        "layer",
+        "other",
+        "nan",
+    ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(refusal, change, message):
     """By name, with what was expected, and before anything is written."""

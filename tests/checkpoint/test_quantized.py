@@ -134,12 +134,30 @@ def with_state(**changes):
         (lambda c, t: t[Q + ".quant_map"].mul_(2), "quant_map has other levels than NF4's"),
         (
             lambda c, t: t.update({Q: t[Q][:-1]}),
-            "is [2047, 1], expected 2048 numbers",
+            "is [2047, 1] of U8, expected 2048 numbers of U8",
         ),
         (lambda c, t: t.pop(STATE), "quant_state.bitsandbytes__nf4 is missing"),
+        (lambda c, t: t.update({STATE: t[STATE].float()}), "quant_type None, expected nf4"),
+        (with_state(nested_offset=None), "has nested_offset None, expected a number"),
+        (with_state(nested_offset=float("inf")), "has nested_offset inf, expected a number"),
+        (
+            lambda c, t: t.update({Q + ".absmax": t[Q + ".absmax"].float()}),
+            "is [64] of F32, expected 64 numbers of U8",
+        ),
+        (
+            lambda c, t: t[Q + ".nested_absmax"].fill_(float("nan")),
+            "nested_absmax holds values that are not finite",
+        ),
+        (
+            lambda c, t: t.update({k.replace(".0.", ".2."): t[k] + 0 for k in list(t) if Q in k}),
+            "model.layers.2.self_attn.q_proj.weight is unexpected",
+        ),
     ],
-    ids=["8 bit", "fp4", "gptq", "absmax", "blocks", "shape", "map", "codes", "state"],
-)
+    ids=[
+        "8 bit", "fp4", "gptq", "absmax", "blocks", "shape", "map", "codes", "state", "no json",
+        "no offset", "offset", "no double quantisation", "nan", "layer",
+    ],
+)  # fmt: skip
 def test_other_quantisations_are_refused_by_name(
     quantized, conversations, tmp_path, change, message
 ):

@@ -5,6 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from checkpoint.config import read_config
 from checkpoint.disk import checkpoint_bytes
@@ -81,3 +83,27 @@ def test_dpo_on_replicas_equals_one_process(base, preferences, tmp_path):
         assert a["logps/chosen"] == pytest.approx(b["logps/chosen"], rel=1e-5)
         assert a["rewards/margins"] == pytest.approx(b["rewards/margins"], rel=1e-3, abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_qlora_on_replicas_equals_one_process(wide, conversations, tmp_path):
+    """Codes are cut over a replica's two ranks and scales are whole; dropout draws the same.
+
+    The loss before the first step is that of the same weights, quantised on other ranks.
+    """
+    flags = {"lora_rank": 4, "quantize": "nf4", "lora_dropout": 0.2, "max_steps": 4}
+    flags |= {"micro_tokens": 900, "warmup_ratio": 0.0}
+    for out, ranks, replicas in (("one", 1, 1), ("four", 4, 2)):
+        run = recipe(wide, conversations, tmp_path / out) | flags | {"replicas": replicas}
+        assert harmed(run, ranks=ranks) == 0
+    one, four = (updates(tmp_path / out) for out in ("one", "four"))
+    assert len(one) == 4 and one[3]["loss"] < one[0]["loss"] - 0.05
+    for k, (a, b) in enumerate(zip(four, one, strict=True)):
+        # Rounding, and after AdamW's first updates, rounding over small gradients: see above.
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6 if k == 0 else 1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-5 if k == 0 else 1e-2)
+    # A thousand times the rounding of fp32, of weights that moved by some 1e-2; then one of bf16.
+    for name, rtol in (("adapter/adapter_model.safetensors", 1e-4), ("model.safetensors", 2**-7)):
+        ours, theirs = (load_file(tmp_path / out / name) for out in ("four", "one"))
+        assert ours.keys() == theirs.keys()
+        for key, weight in ours.items():
+            torch.testing.assert_close(weight.float(), theirs[key].float(), rtol=rtol, atol=1e-5)

@@ -56,13 +56,34 @@ def test_flags_of_the_command_line_come_before_the_demos(prepare, own, tmp_path,
     assert prepare(both) == own | both and prepare({"eval_share": 0.0}) == own | {"eval_share": 0.0}
 
 
-def test_the_effect_is_that_of_the_run_on_its_base(monkeypatch):
-    """`compare(before, after)` gets the folder that training started from, then its result."""
+def test_with_adapters_the_rates_alone_are_others(tmp_path, monkeypatch):
+    """Model, data, output and schedule are the demo's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "make", lambda: None)
+    monkeypatch.setattr(command, "train_sft", lambda: None)
+    for prepare, plain in ((prepare_sft, tasks.SFT), (prepare_dpo, tasks.DPO)):
+        assert prepare({"lora_rank": 0}) == plain | {"lora_rank": 0}
+        adapted = prepare({"lora_rank": 16})
+        assert adapted == plain | {"lora_rank": 16, "lr": adapted["lr"]}
+        assert adapted["lr"] > plain["lr"]
+        assert prepare({"lora_rank": 16, "lr": 0.5})["lr"] == 0.5
+
+
+def test_the_effect_is_that_of_the_run_on_its_base(monkeypatch, capsys):
+    """`compare(before, after)` gets the folder that training started from, then its result.
+
+    What to expect of adapters is said where they start from the base that knows nothing.
+    """
     start()
     compared = []
     monkeypatch.setattr(command, "compare", lambda *folders: compared.append(folders))
     show_effect({"model": "base", "out": "result", "lr": 1.0})
     assert compared == [("base", "result")]
+    for flags in (tasks.SFT, tasks.SFT | {"lora_rank": 0}, tasks.DPO | {"lora_rank": 4}):
+        show_effect(flags)
+    assert capsys.readouterr().out == ""
+    show_effect(tasks.SFT | {"lora_rank": 4})
+    assert "a base that knows nothing" in capsys.readouterr().out
 
 
 @pytest.fixture

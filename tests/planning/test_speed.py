@@ -45,12 +45,23 @@ def test_measured_updates(name, rows, seconds):
     assert computed(rows)[0] == pytest.approx(seconds, rel=0.03)
 
 
+@pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize("size", SIZES)
-def test_flops_are_those_of_the_loops(size):
+def test_flops_are_those_of_the_loops(size, rank):
     """`model_flops` of training/update.py, which the metrics' MFU is made of."""
     config, lengths = read_model(size), [7, 1500, 1]
     row = speed.Row(sum(lengths), sum(n * n for n in lengths), 600)
-    assert model_flops(config, row) == update.model_flops(config, lengths, 600)
+    theirs = update.model_flops(config, lengths, 600, lora_rank=rank)
+    assert model_flops(config, row, rank) == theirs
+
+
+@pytest.mark.parametrize("rank, passes", [(0, 3), (64, 2)])
+def test_the_reference_takes_one_of_the_passes(rank, passes):
+    """Of a row without recomputation: a third, or half where only adapters have gradients."""
+    config, layout, gpu = read_model("7b"), Layout(lora_rank=rank), GPUS["h100"]
+    row = speed.Row(8192, 8192 * 500, 4000)
+    whole = sum(speed.row_seconds(config, layout, gpu, row).values())
+    assert speed.forward_seconds(config, layout, gpu, [[row]]) == pytest.approx(whole / passes)
 
 
 class Copied(TorchDispatchMode):

@@ -1,17 +1,23 @@
 """LESS's parts against what they stand for: real steps of Adam, and exact inner products."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from adapted import Reference
 from checkpoint.config import read_config
 from checkpoint.weights import load_hf
 from model import Llama
+from program.errors import InputError
+from program.ranks import start
+from prune import PruneConfig
 from selection import influence
 from selection.embeddings import answer_losses
-from selection.probe import put_probes
+from tokens.documents import Documents
+from tokens.records import encode_conversation
 
 CPU = torch.device("cpu")
 
@@ -25,15 +31,37 @@ def some(count, seed=0, most=60):
         yield random.integers(3, 300, length).astype(np.int32), trained
 
 
+def akin(query, count):
+    """Random conversations, the k-th of which ends like the query by a share of k / count."""
+    random = np.random.default_rng(1)
+    for k, (ids, trained) in enumerate(some(count)):
+        shared = min(len(ids), len(query[0]))
+        same = random.random(shared) < k / count
+        ids[-shared:][same] = query[0][-shared:][same]
+        yield ids, trained
+
+
+def adapted(folder, **flags):
+    """A model with LESS's adapters of rank 4, as prune.py makes it; their dropout."""
+    config = PruneConfig(lora_rank=4, seed=1, dtype="float32", **flags)
+    with torch.device("meta"):
+        model = Llama(read_config(folder))
+    dropout = influence.put_adapters(model, config)
+    model.to_empty(device="cpu")
+    load_hf(model, folder)
+    return model, dropout
+
+
 @pytest.fixture
-def probed(lively):
-    """A model with probes that some steps of Adam have moved, and that run's optimizer."""
-    model = Llama(read_config(lively))
-    load_hf(model, lively)
-    parameters = put_probes(model, rank=4, seed=1)
+def warm(lively):
+    """A model whose adapters some steps of Adam have moved, and that run's optimizer."""
+    model, dropout = adapted(lively)
+    dropout.share, parameters = 0.0, influence.trained_parameters(model)
     optimizer = torch.optim.Adam(parameters, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
-    for sequence in some(40, seed=9):
-        gradient = influence.gradient(model, parameters, sequence, CPU)
+    sequences = list(some(32 * 8, seed=9))
+    for k in range(0, len(sequences), 8):
+        batch = sequences[k : k + 8]
+        gradient = sum(influence.gradient(model, parameters, one, CPU) for one in batch) / 8
         parts = gradient.split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
@@ -50,14 +78,15 @@ def ranks(values):
     return np.argsort(np.argsort(values)).astype(float)
 
 
-def test_scores_rank_candidates_as_real_steps_of_adam_do(probed):
+def test_scores_rank_candidates_as_real_steps_of_adam_do(warm):
     """30 candidates, one step each of torch's Adam from one state: the drop of a query's loss.
 
     By the drop, the inner product; by the drop over the step's length, the cosine, projected, too.
     Adam's bias correction, which LESS leaves out, is undone by a step count of a million.
     """
-    model, parameters, optimizer = probed
-    rate, candidates, (query,) = 1e-4, list(some(30)), some(1, seed=5)
+    model, parameters, optimizer = warm
+    rate, (query,) = 1e-4, some(1, seed=5)
+    candidates = list(akin(query, 30))
     m, v = moments(optimizer, parameters)
     g_query = influence.gradient(model, parameters, query, CPU)
     before, loss = [p.detach().clone() for p in parameters], answer_losses(model, [query], CPU)
@@ -81,10 +110,12 @@ def test_scores_rank_candidates_as_real_steps_of_adam_do(probed):
                 parameter.copy_(old)
     inner = [(g_query @ step).item() for step in steps]
     cosines = [torch.cosine_similarity(g_query, step, dim=0).item() for step in steps]
-    both = influence.project(torch.stack([g_query, *steps]), 8192, seed=3)
+    vectors, d = torch.stack([g_query, *steps]), 3 * 8192
+    both = torch.cat([influence.project(vectors, d // 3, seed=k) for k in range(3)], dim=1)
     projected = torch.cosine_similarity(both[:1], both[1:]).numpy()
     per_length = np.array(drops) / lengths
-    # The projection's noise, 1 / √8192, is as large as the differences of neighbouring cosines.
+    # Noise of the projection, 1 / √d, of half the cosines' spread takes a correlation of 1 to 0.9.
+    assert np.std(cosines) > 3 / d**0.5
     pairs = ((drops, inner, 0.99), (per_length, cosines, 0.99), (per_length, projected, 0.9))
     for truth, scores, least in pairs:
         assert np.corrcoef(ranks(truth), ranks(scores))[0, 1] > least
@@ -112,19 +143,103 @@ def test_projected_inner_products_are_within_the_predicted_error():
     assert not torch.allclose(influence.project(a[3:4], d, seed=8), alone, atol=1)
 
 
-def test_a_probe_changes_nothing_until_it_is_trained(lively):
-    """Its gradient is that of the weight times Aᵀ, from autograd on the plain model."""
-    plain, probed = (Llama(read_config(lively)) for _ in range(2))
-    for model in (plain, probed):
-        load_hf(model, lively)
-    parameters = put_probes(probed, rank=4, seed=1)
+def test_gradients_are_those_of_adapters_in_transformers_model(warm, lively):
+    """A and B of the four projections of attention in each of two blocks, at LESS's scale of 4."""
+    model, parameters, _ = warm
     (sequence,) = some(1)
-    own = answer_losses(probed, [sequence], CPU)
-    assert torch.equal(own, answer_losses(plain, [sequence], CPU))
-    weight = plain.model.layers[1].mlp.up_proj.weight
-    full = influence.gradient(plain, [weight], sequence, CPU).view_as(weight)
-    probe = probed.model.layers[1].mlp.up_proj
-    ours = influence.gradient(probed, [probe.B], sequence, CPU).view_as(probe.B)
-    # Sums of some 60 terms in another order.
-    assert torch.allclose(ours, full @ probe.A.T, rtol=1e-4, atol=1e-6)
-    assert len(parameters) == 14  # seven in each of two blocks
+    reference = Reference(lively, model, 4.0)
+    ids, trained = map(torch.tensor, sequence)
+    logits = reference.logits(ids.long())[:-1][trained[1:]]
+    loss = torch.nn.functional.cross_entropy(logits, ids[trained].long())
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    theirs = torch.autograd.grad(loss, [reference.halves[name] for name in names])
+    ours = influence.gradient(model, parameters, sequence, CPU)
+    # fp32 in another order: cancelled sums of terms as large as the largest.
+    expected = influence.flat(theirs)
+    assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+    projections = {name.split(".")[-3] for name in names}
+    assert (len(names), projections) == (16, set(influence.ADAPTED))
+    halves = ours.split([p.numel() for p in parameters])
+    assert all(half.norm() > 1e-3 * ours.norm() / 16 for half in halves)  # A's, too: B has moved
+
+
+@pytest.fixture
+def data(lively, conversations, tmp_path):
+    """Conversations as the warm-up reads them."""
+    shutil.copy(conversations, tmp_path / "data.jsonl")
+    return Documents([tmp_path / "data.jsonl"], lively, 2048, encode_conversation)
+
+
+def warmed(lively, data, folder, **flags):
+    """(parameters before, after, their dropout, checkpoints) of a warm-up on all of the data."""
+    model, dropout = adapted(lively)
+    parameters = influence.trained_parameters(model)
+    before = [p.detach().clone() for p in parameters]
+    flags = {"warmup_share": 1.0, "warmup_epochs": 3, "warmup_lr": 1e-3} | flags
+    config = PruneConfig(lora_rank=4, seed=1, dtype="float32", **flags)
+    start()
+    folder.mkdir()
+    influence.warm_up(model, dropout, data, config, folder, CPU)
+    paths = influence.checkpoints(folder, config)
+    return before, parameters, dropout, [influence.load_checkpoint(p, parameters) for p in paths]
+
+
+def test_the_warm_up_trains_both_halves_with_dropout_that_scoring_has_not(
+    lively, data, tmp_path, monkeypatch
+):
+    """A and B move; without dropout elsewhere; the mean rates are the schedule's."""
+    before, after, dropout, states = warmed(lively, data, tmp_path / "one")
+    assert dropout.share == 0
+    assert all(not torch.equal(p, old) for p, old in zip(after, before, strict=True))
+    assert [state["rate"] for state in states] == [
+        0,
+        1e-3,
+        5e-4,
+    ]  # an update each, the first warms up
+    monkeypatch.setattr(influence, "DROPOUT", 0.0)
+    _, without, _, _ = warmed(lively, data, tmp_path / "two")
+    assert not torch.allclose(influence.flat(after), influence.flat(without), rtol=0, atol=1e-4)
+
+
+def test_at_the_start_the_gradient_of_A_is_zero(lively):
+    """B is zero there, and A's gradient is Bᵀ times the product's: why there is a warm-up."""
+    model, dropout = adapted(lively)
+    dropout.share = 0.0
+    parameters = influence.trained_parameters(model)
+    (sequence,) = some(1)
+    parts = influence.gradient(model, parameters, sequence, CPU).split(
+        [p.numel() for p in parameters]
+    )
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, part in zip(names, parts, strict=True):
+        assert (part.norm() == 0) == ("lora_A" in name)
+
+
+@pytest.mark.parametrize(
+    "given, rank", [(None, 16), (3, 3), (17, "at most 16"), (0, "an integer from 1 up")]
+)
+def test_the_rank_is_lesss_where_the_model_is_wide_enough(given, rank, base):
+    """128, else the narrowest projection's width; a higher one is refused."""
+    flags = PruneConfig(lora_rank=given)
+    if isinstance(rank, str):
+        with pytest.raises(InputError, match=f"--lora-rank is {given}, expected {rank}"):
+            influence.with_rank(flags, read_config(base))
+    else:
+        assert influence.with_rank(flags, read_config(base)).lora_rank == rank
+
+
+def test_adapters_in_fp32_compute_with_weights_in_bf16(lively):
+    """Gradients are fp32, and those of fp32 weights up to bf16's rounding of 2⁻⁸."""
+    (sequence,) = some(1)
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        with torch.device("meta"):
+            model = Llama(read_config(lively))
+        dropout = influence.put_adapters(model, PruneConfig(lora_rank=4, dtype=dtype))
+        dropout.share = 0.0
+        model.to_empty(device="cpu")
+        load_hf(model, lively)
+        parameters = influence.trained_parameters(model)
+        gradients.append(influence.gradient(model, parameters, sequence, CPU))
+        assert gradients[-1].dtype == torch.float32
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
@@ -15,6 +16,7 @@ from program.errors import InputError, RunError
 from program.flags import check_flags, parse_args, resolve, run_facts
 from program.hardware import peak_memory_gib
 from sft import SFTConfig
+from training import update
 from training.update import (
     check_finite,
     clip_gradients,
@@ -207,6 +209,36 @@ def test_flops_of_a_pair_count_its_prompt_once():
     assert model_flops(config, [5, 7], 6, shared=[0, 3]) == 3 * forward
 
 
+def test_flops_with_lora_are_two_products_of_a_frozen_weight_and_three_of_an_adapters():
+    """Forward, and the gradient of the input; the gradient of A and B besides. Rank 3, 7 tokens."""
+    config = LlamaConfig(11, 8, 12, 3, 4, 2, 2, 1e-5, 1e4, False)
+    # (inputs, outputs) of q, k, v, o, gate, up, down.
+    projections = [(8, 8), (8, 4), (8, 4), (8, 8), (8, 12), (8, 12), (12, 8)]
+    frozen = sum(2 * 7 * K * N for K, N in projections)
+    adapters = sum(2 * 7 * 3 * K + 2 * 7 * N * 3 for K, N in projections)
+    attention = sum(2 * (2 * n * n * 4 * 2) / 2 for n in (5, 2))
+    head = 2 * 8 * 11 * 4
+    expected = 3 * (2 * frozen + 3 * adapters + 3 * attention) + 2 * head
+    assert model_flops(config, [5, 2], 4, lora_rank=3) == expected
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_mfu_is_of_the_flops_that_the_run_needs(monkeypatch, rank):
+    """Records 1 and 3 in half a second, on two GPUs of 1 GFLOP/s."""
+    monkeypatch.setattr(update, "peak_flops", lambda device: 1e9)
+    lengths = np.array([[9], [5], [8], [2]])
+    documents = SimpleNamespace(
+        tokens=lengths[:, 0], lengths=lengths, shared=0 * lengths, trained_counts=lengths - 1
+    )
+    config = LlamaConfig(11, 8, 12, 3, 4, 2, 2, 1e-5, 1e4, False)
+    flags = SimpleNamespace(lora_rank=rank)
+    run = SimpleNamespace(documents=documents, model=SimpleNamespace(config=config), config=flags)
+    record = update.measurements(run, np.array([1, 3]), 0.5, torch.device("cpu"), world=2)
+    assert record["tokens"] == 7 and record["trained_tokens"] == 5
+    flops = model_flops(config, [5, 2], 5, lora_rank=rank)
+    assert record["mfu"] == pytest.approx(flops / 0.5 / 1e9 / 2)
+
+
 def test_flops_of_llama_2_7b_are_6n():
     """6.607 billion weights in matrix products (all but embedding and norms): 6 each a token, and
     6·T²·H·D a layer for attention: 3.22 GFLOP a token at T = 4,096."""
@@ -223,8 +255,6 @@ def test_flops_of_llama_2_7b_are_6n():
 
 def test_flops_do_not_overflow():
     """128 documents of 8,192 tokens given as numpy's int32, as an int."""
-    import numpy as np
-
     config = LlamaConfig(32000, 8192, 28672, 80, 64, 8, 128, 1e-5, 1e4, False)
     lengths = np.full(128, 8192, np.int32)
     assert model_flops(config, lengths, np.int32(9)) == model_flops(config, [8192] * 128, 9)
