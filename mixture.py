@@ -265,7 +265,7 @@ def print_table(chosen: list[Source], reports: dict[str, Report]) -> str:
         )
     for source in chosen:
         for what, number in reports[source.name].dropped.items():
-            print(f"left out of {source.name}, as in the original: {number:,} {what}")
+            print(f"left out of {source.name}, as in the original: {what}: {number:,}")
     return "; ".join(wrong)
 
 

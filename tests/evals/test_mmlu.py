@@ -100,7 +100,7 @@ def test_all_of_mmlu_is_read(real_data):
         ("test/a_test.csv", "q,1,2,3,4,A\nq,1,2,3,4,E\n", r"question 2 has answer 'E', expected A"),
         ("test/a_test.csv", 'q,1,2,3,4,A\n"q,1', r"a_test.csv:2: not CSV"),
         ("test/a_test.csv", "\xe9,1,2,3,4,A\n", r"a_test.csv:1: not CSV"),
-        ("dev/a_dev.csv", "q,1,2,3,4,A\n", r"a_dev.csv: 1 questions, expected --mmlu-shots 2"),
+        ("dev/a_dev.csv", "q,1,2,3,4,A\n", r"a_dev.csv: 1 question, expected --mmlu-shots 2"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, name, content, message):

@@ -272,7 +272,7 @@ def test_wizardlm_open_orca_science_hard_coded():
         ("oasst1", {"prompt": {**prompter("q"), "replies": None}}, "'replies' is NoneType"),
         ("oasst1", {"prompt": {**prompter("q"), "deleted": 0}}, "'deleted' is int"),
         ("oasst1", {"prompt": prompter("q", quality="high")}, "'value' is str"),
-        ("lima", {"conversations": ["q"]}, "1 messages"),
+        ("lima", {"conversations": ["q"]}, "1 message, expected"),
         ("lima", {"conversations": ["q", None]}, "a message is NoneType"),
         ("gpt4_alpaca", {"instruction": "i", "output": "o"}, "no field 'input'"),
         ("gpt4_alpaca", {"instruction": "i", "input": [], "output": "o"}, "str or NoneType"),
