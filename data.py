@@ -16,7 +16,7 @@ import sys
 import tempfile
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +111,9 @@ def best_fit_decreasing(lengths: np.ndarray, longest_first: Iterable[int],
 def pack_row(sequences: list[tuple], shared: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Arrays of one packed row, which the model takes, from the `(ids, trained)` of its sequences.
 
-    shared (sequences,): 0 for a document, and for the first of sequences that begin alike, as those
-    of a pair do; for the others, how many tokens at their head the first has, too. They stand in
-    the row once, and are not trained. Two documents; and a pair, whose prompt is `1 5`:
+    shared (sequences,): how many tokens at its head a sequence has in common with the one before,
+    as rejected has the prompt in common with chosen; 0 for all others. They stand in the row once,
+    and are not trained. Two documents; and a pair, whose prompt is `1 5`:
 
         documents   [1 7 8 2] [1 9 2]         pair        [1 5 8 6 2] [1 5 9 2], shared 0 and 2
         input_ids    1 7 8 2   1 9 2          input_ids    1 5 8 6 2 9 2
@@ -159,15 +159,15 @@ def pack_row(sequences: list[tuple], shared: np.ndarray | None = None) -> dict[s
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The flags of `python data.py`; the defaults are sft.py's."""
+    """The flags of `python data.py`; the defaults are those of sft.py and dpo.py."""
 
     model: str | None = None  # Hugging Face folder whose tokenizer encodes the data
     data: list[str] | None = None  # conversations or preference pairs, as for sft.py and dpo.py
     pairs: bool | None = None  # show pairs (default: if the first record has chosen and rejected)
     max_seq_len: int = 8192  # tokens; a longer conversation is cut on the right
     too_long: str = "cut"  # what becomes of a longer one: cut, drop or error
-    epochs: int = 1  # passes over the data
-    batch_size: int = 128  # conversations (pairs) in one update
+    epochs: int | None = None  # passes over the data (default: 2, of pairs 3)
+    batch_size: int | None = None  # conversations (pairs) in one update (default: 128, of pairs 32)
     micro_tokens: int = 16384  # most tokens in one packed row
     seed: int = 42  # of the order of the data
     show: int | None = None  # print the first so many (default: longest, shortest, a random one)
@@ -185,6 +185,9 @@ def main(flags: dict) -> None:
         first = next(readers.records(readers.data_files(config.data)[0], FIELDS), (0, {}))
         pairs = is_pair(first[1])
     encode_record, per_record = (encode_pair, 2) if pairs else (encode_conversation, 1)
+    defaults = {"epochs": 3, "batch_size": 32} if pairs else {"epochs": 2, "batch_size": 128}
+    given = {name: n for name in defaults if (n := getattr(config, name)) is not None}
+    config = replace(config, **(defaults | given))
     # Where the data's folder cannot be written, the cache lives as long as this command.
     with tempfile.TemporaryDirectory() as temporary:
         documents = Documents(
@@ -209,7 +212,8 @@ def main(flags: dict) -> None:
 def print_plan(config: DataConfig, stage: str) -> None:
     """The words of plan.py on these data: whether they fit, and how long they take."""
     command = [sys.executable, Path(__file__).with_name("plan.py"), "--stage", stage]
-    for name in "model data gpu gpus epochs batch_size max_seq_len micro_tokens seed".split():
+    names = "model data gpu gpus epochs batch_size max_seq_len too_long micro_tokens seed"
+    for name in names.split():
         value = getattr(config, name)
         command += ["--" + name.replace("_", "-"), *(value if name == "data" else [str(value)])]
     sys.stdout.flush()

@@ -51,14 +51,14 @@ class DPOConfig(RunFlags, DataFlags, OutputFlags, LoRAFlags):
     out: str = "runs/dpo"  # output folder; an interrupted run there is continued
     epochs: int = 3  # passes over the data
     batch_size: int = 32  # pairs in one update, all ranks together
-    max_seq_len: int = 8192  # tokens of prompt and answer; a longer one is cut on the right
+    max_seq_len: int = 8192  # tokens of prompt and answer together; more are cut on the right
     lr: float = 5e-7  # peak learning rate
     warmup_ratio: float = 0.1  # share of all updates in which the rate rises from 0
     weight_decay: float = 0.0  # of AdamW
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
     clip: float = 1.0  # largest global norm of the gradients (0: no clipping)
-    beta: float = 0.1  # how strongly the reference holds, 0.5 more than 0.1 (equation 7)
+    beta: float = 0.1  # how strongly the policy is held near the reference (equation 7)
     micro_tokens: int = 16384  # most tokens in one forward pass of one rank
     seed: int = 42  # of the order of the data
 
@@ -106,7 +106,7 @@ def check_first_loss(step: int, loss: float, config: DPOConfig) -> None:
     if step == 0 and not abs(loss - math.log(2)) < tolerance:
         raise RunError(
             f"the first loss is {loss:.4f}, expected ln 2 = {math.log(2):.4f}: the reference is "
-            "another model's; delete its file, .reference-* beside the data or in --out"
+            "another model's; delete its file, *.reference-* beside the data or in --out"
         )
 
 

@@ -172,7 +172,7 @@ def stages(config: PlanConfig) -> dict[str, updates.Lengths]:
     # Where the data's folder cannot be written, the cache lives as long as this command.
     with tempfile.TemporaryDirectory() as temporary:
         documents = Documents(
-            config.data, folder, config.max_seq_len, encode, temporary, per_record
+            config.data, folder, config.max_seq_len, encode, temporary, per_record, config.too_long
         )
         check_micro_tokens(documents, config.micro_tokens)
         name = ", ".join(Path(path).name for path in config.data)

@@ -24,8 +24,8 @@ def reference_files(model: Llama, documents: Documents, config, weights: str) ->
     shape = dataclasses.asdict(model.config)
     # Rounding depends on the layout of a row, so it is a fact, too.
     layout = "each prompt once"
-    facts = json.dumps([weights, shape, documents.key, config.max_seq_len, config.dtype, layout])
-    key = hashlib.sha256(facts.encode()).hexdigest()[:16]
+    facts = [weights, config.quantize, shape, documents.key, config.max_seq_len, config.dtype]
+    key = hashlib.sha256(json.dumps([*facts, layout]).encode()).hexdigest()[:16]
     name = f"{documents.paths[0].name}.reference-{key}"
     return [documents.paths[0].parent / name, Path(config.out) / name]
 

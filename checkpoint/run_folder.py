@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from checkpoint.disk import check_space
-from checkpoint.resume import recorded_facts
+from checkpoint.resume import recorded_facts, saved_runs
 from program.errors import InputError, RunError, amount
 from program.files import hold, hold_file, written_aside
 
@@ -109,6 +109,12 @@ def check_same_run(folder: Path, facts: dict, last: float = math.inf) -> None:
         raise InputError(
             f"--out {folder}: holds a different run, with {name} {value!r} where this one has "
             f"{facts[name]!r} (in {place})"
+        )
+    newest = next(iter(saved_runs(folder)), None)
+    if newest and (step := int(newest.name.removeprefix("step-"))) > last:
+        raise InputError(
+            f"--max-steps: the run ends after {amount(last, 'updates')}, and {newest} has {step:,} "
+            "already: expected as many or more"
         )
 
 

@@ -6,9 +6,9 @@ FlashAttention (Dao et al. 2022, arXiv 2205.14135) and FlashAttention-2 (Dao, ar
 
 Shapes: T tokens of the row, H query heads, Hk key/value heads (H a multiple of Hk), D head size.
 
-Token i sees j if doc_start[i] <= j <= i < doc_end[j]: in documents all before it, and itself. In a
-pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token and doc_end
-the pair's end, but for chosen its own end: so rejected does not see chosen. The picture is below.
+Token i sees j if doc_start[i] <= j <= i < doc_end[j]: in a document, itself and all before it. In a
+pair (prompt | chosen | rejected, the prompt once) doc_start is the pair's first token; doc_end is
+the pair's end or, for chosen, chosen's own: so rejected does not see chosen. Its picture is below.
 
 Forward. For query i of one head, over the keys j that it sees:
 
@@ -119,7 +119,7 @@ WHOLE = tl.constexpr(TILE)  # tokens of a tile in the list; of a program's, BM (
 @triton.jit
 def tile_of(tiles, role, BLOCK: tl.constexpr, HOLES: tl.constexpr):
     """The program's tile of queries (0) or of keys (1), or part of one: its first token and end."""
-    PARTS: tl.constexpr = WHOLE // BLOCK  # of a short tile, some parts have nothing
+    PARTS: tl.constexpr = WHOLE // BLOCK  # some parts of a short tile are empty
     number = (role * tl.num_programs(0) + tl.program_id(0)) // PARTS
     tile = tiles + number * (4 + 2 * HOLES)
     first = tl.load(tile) + tl.program_id(0) % PARTS * BLOCK
@@ -138,7 +138,7 @@ def keys_of(tile, first, HOLES: tl.constexpr):
 
 @triton.jit
 def key_rows(tile, low, j0, keys, ROWS: tl.constexpr, MASKED: tl.constexpr, HOLES: tl.constexpr):
-    """Where keys number j0, j0 + 1, … of a walk of `keys` lie, in tokens after low + j0 (ROWS,)."""
+    """Keys number j0, j0 + 1, … of a walk over `keys` keys, in tokens after low + j0 (ROWS,)."""
     rows = tl.arange(0, ROWS)
     if MASKED:
         rows = tl.minimum(rows, keys - 1 - j0)

@@ -180,7 +180,7 @@ def check_bounds(config) -> None:
 def resolve(config, device) -> typing.Any:
     """The config, with its device-dependent defaults filled in.
 
-    A GPU's `recompute` stays None: training/fit.py knows, once model and data are known.
+    A GPU's `recompute` stays None: training/layout.py knows, once model and data are known.
     """
     gpu = device.type == "cuda"
     defaults = {"dtype": "bfloat16" if gpu else "float32", "compile": gpu}

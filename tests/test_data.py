@@ -20,9 +20,11 @@ from data import (
     update_count,
     update_members,
 )
+from dpo import DPOConfig
 from kernels.attention_tiles import attention_tiles
 from model import Llama, LlamaConfig
 from pairs import chat
+from sft import SFTConfig
 from tokens.report import highlight, print_lengths
 from tokens.tokenizer import Tokenizer
 from training.update import model_flops
@@ -317,7 +319,7 @@ def test_what_data_py_says_of_rows_and_turns(base, conversations, capsys):
     batches = [documents.lengths[update_members(24, 4, 42, step)[1], 0] for step in range(6)]
     useful = total / sum(4 * max(batch) for batch in batches)
     assert f"(padded to the longest of 4: {useful:.0%} useful)" in shown
-    assert "3 updates of 8 conversations, 3 an epoch\n" in shown
+    assert "6 updates of 8 conversations, 3 an epoch\n" in shown
     assert f"{conversations}:1 (id made-up-0), {documents.lengths[0, 0]} tokens:\n<s> " in shown
     assert f"{conversations}:2" not in shown
 
@@ -340,6 +342,16 @@ def test_data_py_shows_the_longest_the_shortest_and_another(base, conversations,
     ids, trained = np.arange(300).repeat(10) % 300 + 3, np.zeros(3000, bool)
     text = highlight(Tokenizer(base), ids, trained)
     assert "\n… 1,000 tokens …\n" in text
+
+
+def test_data_py_counts_the_updates_of_the_loops(base, conversations, preferences, capsys):
+    """Epochs and batches are, unless told, sft.py's for conversations and dpo.py's for pairs."""
+    for path, loop in ((conversations, SFTConfig()), (preferences, DPOConfig())):
+        shown = []
+        for flags in ({}, {"epochs": loop.epochs, "batch_size": loop.batch_size}):
+            data.main({"model": str(base), "data": [str(path)], "show": 0} | flags)
+            shown.append(capsys.readouterr().out)
+        assert shown[0] == shown[1] and f"{loop.epochs} updates of " in shown[0]
 
 
 def test_data_py_says_what_the_plan_says(base, conversations):

@@ -104,6 +104,9 @@ def test_own_data(planned, base, conversations, preferences, tmp_path):
     _, shorter, _ = planned("--model", base, "--data", conversations, "--max-steps", 1)
     assert shorter["updates"] == 1 and record["updates"] > 1
     assert planned("--model", base, "--data", preferences)[1]["stage"] == "dpo"
+    some = ("--model", base, "--data", conversations, "--max-seq-len", 60)
+    with pytest.raises(InputError, match="expected at most 60"):
+        planned(*some, "--too-long", "error")
 
 
 def test_flags_of_the_loops_change_what_they_change(planned):

@@ -28,7 +28,7 @@ class Documents:
 
         lengths          (records, per_record)   tokens of each sequence
         trained_counts   (records, per_record)   those that are trained
-        shared           (records, per_record)   those at its head that the record's first one has
+        shared           (records, per_record)   at its head in common with the record's first
         tokens           (records,)              what a record takes in a row
         squares          (records,)              its squared lengths, by which attention costs
     """
@@ -47,11 +47,8 @@ class Documents:
         tokens, trained, turns, numbers = np.concatenate(indices).T
         file = np.repeat(np.arange(len(indices)), [len(index) for index in indices])
         start = np.concatenate([index[:, 0].cumsum() - index[:, 0] for index in indices])
-        lengths, trained, prompts = (
-            np.minimum(tokens, max_seq_len),
-            trained.copy(),
-            tokens - trained,
-        )
+        prompts = tokens - trained
+        lengths, trained = np.minimum(tokens, max_seq_len), trained.copy()
         for i in np.flatnonzero(tokens > max_seq_len):
             mask = self.caches[file[i]]["trained"][start[i] : start[i] + max_seq_len]
             trained[i] = np.count_nonzero(mask)
@@ -78,15 +75,8 @@ class Documents:
                 f"token in its first {max_seq_len} tokens, expected assistant messages"
                 + (f" (--too-long drop leaves out {self.dropped})" if self.dropped else "")
             )
-        (
-            self.file,
-            self.start,
-            self.lengths,
-            self.trained_counts,
-            self.turns,
-            self.numbers,
-            prompts,
-        ) = columns[:, trains]
+        *columns, prompts = columns[:, trains]
+        self.file, self.start, self.lengths, self.trained_counts, self.turns, self.numbers = columns
         self.shared = np.zeros_like(self.lengths)
         if per_record > 1:
             self.shared[:, 1] = [
@@ -125,7 +115,7 @@ class Documents:
         return part
 
     def summary(self) -> str:
-        """One line for the user; before it, one for each folder, and each shape made fit."""
+        """One line for the user; before it, one for each folder and each converted shape."""
         remarks = {}  # text → the first record of a file that it is true of
         for path in self.paths:
             number, record = next(readers.records(path, FIELDS))

@@ -1,7 +1,7 @@
 """The token cache: every record of a data file encoded once, by all cores, then memory-mapped.
 
 A cache is a folder `FILE.tokens-<hash>/` of three arrays. It is made under another name and renamed
-when complete; one that was cut short later is made again. Called by data.py.
+when complete; one that is damaged later is made again. Called by documents.py.
 """
 
 import contextlib

@@ -1,5 +1,4 @@
-"""What sft.py and dpo.py do before and after their loops: everything that can be wrong is found
-before."""
+"""What sft.py and dpo.py do before and after their loops; whatever is wrong is found before."""
 
 import dataclasses
 import math

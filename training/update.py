@@ -33,7 +33,7 @@ def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> fl
 
 
 def make_optimizer(model: torch.nn.Module, config) -> torch.optim.AdamW:
-    """AdamW over all that is trained; its moments are fp32, like it (EasyLM optimizers.py)."""
+    """AdamW over all trained weights; they and its moments are fp32 (EasyLM optimizers.py)."""
     return torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.lr,
@@ -72,7 +72,7 @@ def check_finite(step: int, loss: float, grad_norm: float, documents: Documents,
 
 def model_flops(config: LlamaConfig, lengths: Collection[float], predicted: int,
                 shared: Collection[float] = (), lora_rank: int = 0) -> int:  # fmt: skip
-    """FLOPs of forward and backward over documents of these lengths (tokens); unit-tested.
+    """FLOPs of forward and backward over documents of these lengths (tokens).
 
     Per token 6 per weight of the blocks' matrices; per predicted token 6 per weight of the head;
     per document of n tokens and layer 6·n²·H·D: QKᵀ and PV are 2·n²·H·D each, half of it masked,

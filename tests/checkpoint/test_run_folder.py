@@ -55,6 +55,18 @@ def test_foreign_checkpoints_are_refused(flags, stopped, tmp_path, change):
     assert contents(out) == before
 
 
+def test_an_end_before_the_newest_checkpoint_is_refused(flags, stopped, tmp_path):
+    """A run that was stopped after update 5 cannot end after the fourth; it can after the fifth."""
+    out, log = Path(shutil.copytree(stopped, flags["out"])), tmp_path / "log"
+    before = contents(out)
+    assert harmed(flags | {"max_steps": 4}, log=log) == 2
+    expected = f"the run ends after 4 updates, and {out}/checkpoints/step-000005 has 5 already"
+    assert f"error: --max-steps: {expected}" in log.read_text()
+    assert contents(out) == before
+    assert harmed(flags | {"max_steps": 5}) == 0
+    assert (out / "config.json").exists()
+
+
 def test_checkpoints_of_other_data_are_refused(flags, stopped, tmp_path):
     """Known by the data's content, after the tokens are there."""
     out, log = Path(shutil.copytree(stopped, flags["out"])), tmp_path / "log"

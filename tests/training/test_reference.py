@@ -222,15 +222,15 @@ def test_a_damaged_file_is_made_anew(reference, damage, capsys):
 
 
 def test_another_model_setting_or_data_is_another_file(base, pairs_alone, tmp_path):
-    """Weights, config.json, precision, length and pairs decide; names of folders do not."""
+    """Weights, whether they are quantised, config.json, precision, length and pairs decide; names
+    of folders do not."""
 
-    def name(folder=base, max_seq_len=200, dtype="float32", path=pairs_alone):
+    def name(folder=base, max_seq_len=200, dtype="float32", path=pairs_alone, quantize=None):
         with torch.device("meta"):
             model = Llama(read_config(folder))
         documents = Documents([path], folder, max_seq_len, encode_pair, per_record=2)
-        config = dpo.DPOConfig(
-            model=str(folder), out=str(tmp_path), max_seq_len=max_seq_len, dtype=dtype
-        )
+        flags = {"max_seq_len": max_seq_len, "dtype": dtype, "quantize": quantize}
+        config = dpo.DPOConfig(model=str(folder), out=str(tmp_path), **flags)
         return reference_files(model, documents, config, weights_key(folder))[0].name
 
     start()
@@ -242,7 +242,7 @@ def test_another_model_setting_or_data_is_another_file(base, pairs_alone, tmp_pa
     other = tmp_path / "other" / pairs_alone.name
     other.write_text("".join(pairs_alone.read_text().splitlines(True)[:-1]))
     names = [name(), name(weights), name(config), name(max_seq_len=100), name(dtype="bfloat16")]
-    names.append(name(path=other))
+    names += [name(path=other), name(quantize="nf4")]
     assert len(set(names)) == len(names)
     assert name(copy) == name()
 
