@@ -5,8 +5,9 @@
 Default data: sft/code_alpaca_gsm8k.jsonl; the queries are GSM8K's eight worked examples. A model of
 the demo's shape learns every second conversation, four times, from random weights. It then chooses
 a tenth of all, by each method, and is trained on: on each tenth four times, and on everything once,
-more than twice as many updates. Measured is the loss on answers of GSM8K's test questions, which are in none
-of it. Each row is printed as it is finished, with the seconds of choosing and of training.
+more than twice as many updates. Measured is the loss on answers of GSM8K's test questions, which
+are in none of it. Each row is printed as it is finished, with the seconds of choosing and of
+training.
 """
 
 import json
