@@ -179,4 +179,4 @@ def time_lines(record: dict, price: float | None) -> list[str]:
     )
     if price is not None:
         total += f", {price * record['gpu_hours']:,.0f} at {price:g} a GPU hour"
-    return [*lines, total + " (loading, compiling and saving not counted)"]
+    return [*lines, total + " (not counted: loading, compiling, held-out losses, saving)"]
