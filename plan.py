@@ -30,10 +30,10 @@ from program.flags import check_bounds, parse_args
 from selection.cost import scoring_flops
 from selection.influence import LessFlags, with_rank
 from tokens import readers
-from tokens.documents import Documents, check_micro_tokens
 from tokens.records import encode_conversation, encode_pair
 from tokens.shapes import FIELDS, is_pair
 from training.flags import DataFlags, LoRAFlags, OutputFlags, RunFlags
+from training.held_out import open_documents
 
 FORWARD = 0.4  # share of the peak that prune.py is taken to reach
 
@@ -89,7 +89,8 @@ def main(flags: dict) -> bool:
     """Plan, print, and return whether everything fits."""
     config = PlanConfig(**flags)
     check(config)
-    gpu, model_config = find_gpu(config.gpu), read_model(config.model)
+    gpu = find_gpu(config.gpu)
+    model_config = read_model(config.model, config.quantize is not None)
     layout = Layout(
         ranks=config.gpus, replicas=config.replicas, dtype=config.dtype or "bfloat16",
         compile=config.compile is not False, lora_rank=config.lora_rank,
@@ -140,12 +141,12 @@ def check(config: PlanConfig) -> None:
         raise InputError(f"--out: {config.out}: no such folder")
 
 
-def read_model(name: str) -> LlamaConfig:
-    """The `LlamaConfig` of a folder, or of a size by its name."""
+def read_model(name: str, quantized: bool = False) -> LlamaConfig:
+    """The `LlamaConfig` of a folder (`quantized`: in NF4, too), or of a size by its name."""
     if name.lower() not in SIZES or Path(name).is_dir():
         if not Path(name).is_dir():
             raise InputError(f"--model is {name}, expected a folder or one of {', '.join(SIZES)}")
-        return read_config(name)
+        return read_config(name, quantized)
     layers, E, F, H, Hk, V, theta = SIZES[name.lower()]
     return LlamaConfig(V, E, F, layers, H, Hk, E // H, 1e-5, theta, False)
 
@@ -158,7 +159,10 @@ def stages(config: PlanConfig) -> dict[str, updates.Lengths]:
         found = {stage: updates.cut(known[stage](), config.max_seq_len) for stage in wanted}
         for lengths in found.values():
             updates.check_rows(lengths, config.micro_tokens)
-        return found
+        return {
+            stage: updates.part(lengths, config.eval_share, config.seed)
+            for stage, lengths in found.items()
+        }
     folder = config.tokenizer or config.model
     if not Path(folder).is_dir():
         raise InputError(
@@ -171,10 +175,8 @@ def stages(config: PlanConfig) -> dict[str, updates.Lengths]:
     encode, per_record = (encode_pair, 2) if stage == "dpo" else (encode_conversation, 1)
     # Where the data's folder cannot be written, the cache lives as long as this command.
     with tempfile.TemporaryDirectory() as temporary:
-        documents = Documents(
-            config.data, folder, config.max_seq_len, encode, temporary, per_record, config.too_long
-        )
-        check_micro_tokens(documents, config.micro_tokens)
+        trained = dataclasses.replace(config, model=folder, eval_data=None)
+        documents, _, _ = open_documents(trained, encode, Path(temporary), per_record)
         name = ", ".join(Path(path).name for path in config.data)
         sizes = documents.lengths, documents.trained_counts, documents.shared
         return {stage: updates.Lengths(name, *sizes)}

@@ -27,7 +27,7 @@ from kernels.attention import attention_triton
 from kernels.attention_tiles import TILE
 from kernels.cross_entropy import linear_cross_entropy_triton
 from plan import read_model
-from planning.fit import fastest
+from planning.fit import chosen
 from planning.gpus import GPUS
 from planning.memory import GIB, Layout, peak
 from planning.report import figures
@@ -109,7 +109,7 @@ def full_rows(size, ranks, kind, tokens, document):
     """(tokens/s a GPU, blocks recomputed) that planning/ gives for a row a rank, all equal."""
     config, gpu = read_model(size), GPUS[kind]
     layout = Layout(ranks, row_tokens=tokens, rows=1, predicted=tokens)
-    layout = fastest(config, layout, gpu.gib)
+    layout = chosen(config, layout, gpu.gib, None)
     rows = [[Row(tokens, tokens * document, tokens)]] * ranks
     seconds = sum(update_seconds(config, layout, gpu, rows).values())
     return tokens / seconds, layout.recompute

@@ -60,6 +60,22 @@ def fastest(config: LlamaConfig, layout: Layout, available: float) -> Layout | N
     return min(found)[2] if found else None
 
 
+def chosen(config: LlamaConfig, layout: Layout, available: float, recompute: int | None) -> Layout:
+    """The layout that a run takes on GPUs that have `available` GiB, whether it fits or not.
+
+    recompute: the number of blocks, or None: as few as leave a twentieth of the memory free, or
+    all of them where no number does.
+    """
+    if recompute is None:
+        least = {"recompute": config.num_hidden_layers, "reshard": layout.wrapped}
+        found = fastest(config, layout, NEAR * available)
+        return found or dataclasses.replace(layout, **least)
+    layout = dataclasses.replace(layout, recompute=recompute)
+    if layout.wrapped and layout.keeps_gathered and not fits(config, layout, NEAR * available):
+        return dataclasses.replace(layout, reshard=True)
+    return layout
+
+
 def changes(
     config: LlamaConfig, layout: Layout, available: float, shortest: int = 8192
 ) -> list[tuple[str, Layout]]:

@@ -25,9 +25,9 @@ from model import LlamaConfig
 from program.errors import InputError, amount
 
 GIB = 2**30
-# Bytes of a weight in NF4 with double quantisation: 4 bits, an 8-bit scale for each 64 weights, an
-# fp32 scale for each 256 of those (Dettmers et al. 2023, arXiv 2305.14314, section 3).
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes of a weight in NF4 with double quantisation: its code of 4 bits; an 8-bit scale for each 64
+# weights, an fp32 scale for each 256 of those (Dettmers et al. 2023, arXiv 2305.14314, section 3).
+NF4_CODE, NF4_SCALES = 0.5, 1 / 64 + 4 / (64 * 256)
 # Bytes of fp32 logits that the loss kernel holds at most at a time: kernels/cross_entropy.py.
 LOGITS = 256 << 20
 
@@ -101,13 +101,21 @@ def adapter_weights(config: LlamaConfig, rank: int) -> int:
 def stored(config: LlamaConfig, layout: Layout) -> tuple[tuple[int, float], tuple[int, float]]:
     """Of a block and of the root: (trained weights, bytes of frozen ones), of all ranks together.
 
-    A trained weight is fp32. A frozen one has 2 bytes or, in a block's projections, NF4's.
+    A trained weight is fp32. A frozen one has 2 bytes or, in a block's projections, NF4's code.
     """
     block, root, r = block_weights(config), root_weights(config), layout.lora_rank
     if not r:
         return (block, 0), (root, 0)
-    frozen = (NF4_BYTES if layout.quantize else layout.width) * block
+    frozen = (NF4_CODE if layout.quantize else layout.width) * block
     return (adapter_weights(config, r), frozen), (0, layout.width * root)
+
+
+def nf4_buffers(config: LlamaConfig, layout: Layout) -> tuple[float, int]:
+    """Bytes that every rank has whole: of NF4's scales, and of the one buffer to decode into."""
+    if not layout.quantize:
+        return 0, 0
+    largest = max(a * b for a, b in block_matrices(config))
+    return NF4_SCALES * config.num_hidden_layers * block_weights(config), layout.width * largest
 
 
 def kept(config: LlamaConfig, layout: Layout) -> int:
@@ -127,25 +135,27 @@ def kept(config: LlamaConfig, layout: Layout) -> int:
 
 
 def adapter_activations(config: LlamaConfig, layout: Layout) -> int:
-    """Bytes that the adapters keep: their input after dropout, and the product with A."""
+    """Bytes that the adapters keep: their input after dropout, and the product with A.
+
+    Eagerly dropout's mask, too, a byte an element; compiled, backward computes it again.
+    """
     r, b = layout.lora_rank, layout.width
     if not r:
         return 0
     inputs = sum(a for a, _ in block_matrices(config)) if layout.lora_dropout else 0
-    return b * layout.row_tokens * (inputs + 7 * r)
+    mask = 0 if layout.compile else 1
+    return layout.row_tokens * ((b + mask) * inputs + 7 * b * r)
 
 
 def working_set(config: LlamaConfig, layout: Layout) -> int:
     """Bytes that the block at work needs in backward beside what it kept, of a row.
 
     At SwiGLU, the widest place: the gradients of the product, of gate and of up, of which eager
-    execution frees one tensor before; and the gradient of the block's output. A weight in NF4 is
-    decoded before it is used, one while the one before it may still be alive.
+    execution frees one tensor before; and the gradient of the block's output.
     """
     E, F = config.hidden_size, config.intermediate_size
     T, b = layout.row_tokens, layout.width
-    decoded = 2 * b * E * F if layout.quantize else 0
-    return b * T * ((3 if layout.compile else 2) * F + E) + decoded
+    return b * T * ((3 if layout.compile else 2) * F + E)
 
 
 def check_layout(config: LlamaConfig, layout: Layout) -> None:
@@ -168,17 +178,20 @@ def moments(config: LlamaConfig, layout: Layout) -> Iterator[tuple[str, dict[str
     group, all_kept, stream = layout.group, layout.keeps_gathered, b * E * T
     (block, frozen), (root, root_frozen) = stored(config, layout)
     full, sums, root_sums = 4 * (L * block + root), 4 * block, 4 * root  # gradients in fp32
-    n, r = b * block + frozen, b * root + root_frozen  # what is gathered of a block, of the root
+    # What is gathered of a block, of the root: one rank has the frozen weights themselves.
+    n, r = b * block + frozen * (group > 1), b * root + root_frozen * (group > 1)
     head = b * config.vocab_size * E if root else 0  # its gradient waits for the root's turn
     own, root_own = b * block, b * root  # gradients in the compute type
-    states = {"weights": (full + L * frozen + root_frozen) / group, "moments": 2 * full / group}
+    scales, decoded = nf4_buffers(config, layout)
+    share = (full + L * frozen + root_frozen) / group
+    states = {"weights": share + scales, "moments": 2 * full / group}
     if not layout.wrapped:
         n = r = head = own = root_own = sums = root_sums = 0
     block_kept, working = kept(config, layout), working_set(config, layout)
     # What blocks hold until their turn: those that are recomputed, their input alone.
     held = [block_kept if i < L - layout.recompute else stream for i in range(L)]
     again = 0 if layout.compile else stream  # eager recomputation holds the input beside
-    row = 2 * b * T * config.head_dim + 24 * T  # cos and sin; ids, positions, documents
+    row = 2 * b * T * config.head_dim + 24 * T + decoded  # with cos, sin; ids, positions, documents
 
     def moment(name, gathered, done, reduce, activations, loss=0):
         """done: fp32 gradients so far, all ranks together; from the second row on, all exist."""
@@ -212,11 +225,13 @@ def moments(config: LlamaConfig, layout: Layout) -> Iterator[tuple[str, dict[str
 
 
 def loss_bytes(config: LlamaConfig, layout: Layout) -> int:
-    """Bytes of head and loss: hidden states and their gradient, the head's gradient in fp32 beside
-    a chunk of logits or its copy in the compute type (kernels/cross_entropy.py)."""
+    """Bytes of head and loss: hidden states and their gradient, the head's gradient in fp32, if it
+    is trained, beside a chunk of logits or its copy in the compute type (kernels/cross_entropy.py).
+    """
     V, E, N, b = config.vocab_size, config.hidden_size, layout.predicted, layout.width
+    head = 0 if layout.lora_rank else V * E
     rows = min(N, max(1, LOGITS // (4 * V) // 1024) * 1024)  # of a chunk: whole tiles
-    return 2 * b * N * E + 4 * V * E + max(4 * rows * V, b * V * E)
+    return 2 * b * N * E + 4 * head + max(4 * rows * V, b * head)
 
 
 def reserve(layout: Layout, tensors: float) -> float:

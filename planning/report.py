@@ -38,19 +38,16 @@ def figures(
     """The record of one stage ("sft" or "dpo"), by the keys of plan.json.
 
     config: of the model; layout: flags that the user has set; lengths: `Lengths`; schedule: a dict
-    batch_size, epochs, micro_tokens, max_steps, seed. recompute: blocks, None for the fewest.
+    batch_size, epochs, micro_tokens, max_steps, seed. recompute: blocks, None for what the loops
+    choose.
     """
     micro, ranks = schedule["micro_tokens"], layout.ranks
     planned = updates.sample_updates(
         lengths, schedule["batch_size"], schedule["epochs"], micro, ranks, config, schedule["seed"]
     )
     row_tokens, rows, predicted = updates.extent(planned, micro)
-    layout = dataclasses.replace(
-        layout, row_tokens=row_tokens, rows=rows, predicted=predicted,
-        recompute=config.num_hidden_layers if recompute is None else recompute,
-    )  # fmt: skip
-    if recompute is None:
-        layout = fit.fastest(config, layout, gpu.gib) or layout
+    layout = dataclasses.replace(layout, row_tokens=row_tokens, rows=rows, predicted=predicted)
+    layout = fit.chosen(config, layout, gpu.gib, recompute)
     gib = memory.memory(config, layout)
     record = {
         "stage": stage,
@@ -182,4 +179,4 @@ def time_lines(record: dict, price: float | None) -> list[str]:
     )
     if price is not None:
         total += f", {price * record['gpu_hours']:,.0f} at {price:g} a GPU hour"
-    return [*lines, total + " (loading, compiling and saving not counted)"]
+    return [*lines, total + " (not counted: loading, compiling, held-out losses, saving)"]

@@ -85,17 +85,32 @@ def pointwise_bytes(config: LlamaConfig, layout: Layout, row: Row) -> tuple[int,
     return eager * numbers * (9 * E + heads + 3 * F), eager * numbers * (12 * E + heads + 5 * F)
 
 
+def adapter_bytes(config: LlamaConfig, layout: Layout, row: Row) -> tuple[float, float]:
+    """Bytes of (forward, backward) that the adapters' thin products and their dropout take.
+
+    In numbers a token and projection of K inputs and N outputs. Forward: A's product K; B's, added
+    to the output, 2 N; dropout 2 K. Backward: B's two products 2 N; A's two 2 K, and adding the
+    gradient of the input to the other one 3 K. No run of adapters was measured.
+    """
+    if not layout.lora_rank:
+        return 0, 0
+    K, N = (sum(sizes) for sizes in zip(*block_matrices(config), strict=True))
+    dropped = 0 if not layout.lora_dropout else 2 * K if layout.compile else 6 * K  # (estimated)
+    numbers = config.num_hidden_layers * row.tokens * layout.width
+    return numbers * (K + 2 * N + dropped), numbers * (5 * K + 2 * N)
+
+
 def gather_bytes(layout: Layout, trained: int, frozen: float) -> float:
     """Bytes that FSDP2 reads and writes on one rank to gather some weights once.
 
     trained: weights; frozen: bytes of others. A trained weight's share is cast (4 + 2) and, with
     other ranks, put into the buffer that is gathered (2 + 2); that is copied to where the blocks
-    read it (2 + 2). So one rank alone moves 10 bytes a weight. Source: FSDPParamGroup's `unshard`
-    and `wait_for_unshard`.
+    read it (2 + 2). So one rank alone moves 10 bytes a weight, and none of those that are frozen
+    (training/parallel.py). Source: FSDPParamGroup's `unshard` and `wait_for_unshard`.
     """
     b, together = layout.width, layout.group > 1
     share = ((4 + b + 2 * b * together) * trained + 2 * frozen * together) / layout.group
-    return share + 2 * (b * trained + frozen)
+    return share + 2 * (b * trained + frozen * together)
 
 
 def cast_bytes(config: LlamaConfig, layout: Layout, row_number: int) -> tuple[float, float]:
@@ -158,19 +173,21 @@ def row_seconds(
     matrices = [flops / rate for flops in matrix_flops(config, layout, row)]
     attention = attention_seconds(config, gpu, row)
     fused = [POINTWISE * size / speed for size in pointwise_bytes(config, layout, row)]
+    adapters = [size / speed for size in adapter_bytes(config, layout, row)]
     # The loss kernel reads and writes logits; NF4 is decoded forward, again, and backward.
     casts = [CASTS * size / speed for size in cast_bytes(config, layout, row_number)]
     decode = decode_bytes(config, layout) / speed
     loss = 10 * row.predicted * config.vocab_size / speed
-    forward = matrices[0] + attention[0] + fused[0] + casts[0] + decode
-    rerun = again * (matrices[0] + attention[0] + fused[0] + decode)
-    backward = matrices[1] + attention[1] + fused[1] + casts[1] + decode + rerun
+    computed = [sum(parts) for parts in zip(matrices, attention, fused, adapters, strict=True)]
+    forward = computed[0] + casts[0] + decode
+    backward = computed[1] + casts[1] + decode + again * (computed[0] + decode)
     sent = exchange(config, layout, gpu)
     exposed = max(0, sent[0] - forward) + max(0, sent[1] - backward) + sent[2]
     parts = {
         "matrix products": matrices[0] * (1 + again) + matrices[1],
         "attention": attention[0] * (1 + again) + attention[1],
         "norms, rotation, SwiGLU": fused[0] * (1 + again) + fused[1],
+        "adapters": adapters[0] * (1 + again) + adapters[1],
         "loss": loss,
         "casts, NF4": sum(casts) + decode * (2 + again),
         "exchange, not hidden": exposed,

@@ -83,6 +83,15 @@ def cut(lengths: Lengths, max_seq_len: int) -> Lengths:
     return Lengths(lengths.name, tokens, trained, shared)
 
 
+def part(lengths: Lengths, share: float, seed: int) -> Lengths:
+    """The same without a share of the records, drawn by the seed; one stays at least."""
+    count = len(lengths.tokens)
+    stay = np.sort(np.random.default_rng(seed).permutation(count)[int(share * count) :])
+    return Lengths(
+        lengths.name, *(x[stay] for x in (lengths.tokens, lengths.trained, lengths.shared))
+    )
+
+
 def check_rows(lengths: Lengths, micro_tokens: int) -> None:
     """Raise `InputError` where the longest record does not fit into one row."""
     longest = int(lengths.in_rows.max())

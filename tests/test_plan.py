@@ -12,8 +12,15 @@ from program.errors import InputError
 from program.flags import parse_args
 from tokens.documents import Documents
 from tokens.records import encode_conversation
+from training.held_out import drawn
 
 ROOT = Path(plan.__file__).parent
+QUANTIZATION = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+}
 KEYS = {"weights", "gradients", "moments", "gathered", "activations", "loss", "other", "total"}
 
 
@@ -107,6 +114,39 @@ def test_own_data(planned, base, conversations, preferences, tmp_path):
     some = ("--model", base, "--data", conversations, "--max-seq-len", 60)
     with pytest.raises(InputError, match="expected at most 60"):
         planned(*some, "--too-long", "error")
+
+
+def test_the_held_out_share_is_not_trained(planned, base, conversations, tmp_path):
+    """One conversation an update: as many updates as the loops hold none out of; of the paper's
+    data, too."""
+    command = ["--model", base, "--data", conversations, "--batch-size", 1, "--epochs", 1]
+    _, record, _ = planned(*command, "--eval-share", 0.4)
+    documents = Documents([conversations], base, 8192, encode_conversation, tmp_path)
+    stay = int((~drawn(documents, 42, 0.4)).sum())
+    assert record["updates"] == stay < len(documents)
+    command = ["--model", "7b", "--gpus", 8, "--stage", "dpo"]
+    assert planned(*command, "--eval-share", 0.5)[1]["updates"] == 3 * (61_966 // 2 // 32)
+
+
+def test_recomputed_as_the_loops_do(planned):
+    """As few blocks as leave a twentieth of the memory free, not fewer."""
+    command = ["--model", "13b", "--gpus", 8, "--stage", "sft"]
+    _, record, _ = planned(*command)
+    free = 0.95 * record["gib_available"]
+    assert record["gib"]["total"] <= free and record["recompute"] > 0
+    _, fewer, _ = planned(*command, "--recompute", record["recompute"] - 1)
+    assert fewer["fits"] and fewer["gib"]["total"] > free
+
+
+def test_a_folder_in_nf4_is_planned_as_the_loops_take_it(planned, base, tmp_path):
+    """With --quantize nf4; without, it is refused as they refuse it."""
+    values = json.loads((base / "config.json").read_text())
+    values["quantization_config"] = QUANTIZATION
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    command = ("--model", tmp_path, "--stage", "sft")
+    assert planned(*command, "--lora-rank", 4, "--quantize", "nf4")[0]
+    with pytest.raises(InputError, match="quantization_config"):
+        planned(*command)
 
 
 def test_flags_of_the_loops_change_what_they_change(planned):

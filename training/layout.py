@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from data import update_count, update_members
 from model import LlamaConfig
-from planning.fit import NEAR, check_fits, fastest, fits
+from planning.fit import check_fits, chosen
 from planning.memory import GIB, Layout
 from planning.updates import largest_rows
 from program.errors import amount
@@ -57,26 +57,19 @@ def choose(
 ) -> tuple[Layout, str, str | None]:  # fmt: skip
     """The layout to run on GPUs that have `available` GiB, a line about it, a warning or None.
 
-    recompute: the number of blocks, or None for the fewest that leave a twentieth of it free; if
-    none do, for all. shortest: tokens of the longest document, below which no row can go.
+    recompute: as `chosen` of planning/fit.py takes it. shortest: tokens of the longest document,
+    below which no row can go.
     """
-    chosen = dataclasses.replace(layout, recompute=recompute or 0)
-    if recompute is None:
-        blocks = model_config.num_hidden_layers
-        least = dataclasses.replace(layout, recompute=blocks, reshard=layout.wrapped)
-        chosen = fastest(model_config, layout, NEAR * available) or least
-    elif layout.wrapped and layout.keeps_gathered:
-        if not fits(model_config, chosen, NEAR * available):
-            chosen = dataclasses.replace(chosen, reshard=True)
-    gib, warning = check_fits(model_config, chosen, available, shortest)
-    freed = layout.keeps_gathered and not chosen.keeps_gathered
+    taken = chosen(model_config, layout, available, recompute)
+    gib, warning = check_fits(model_config, taken, available, shortest)
+    freed = layout.keeps_gathered and not taken.keeps_gathered
     blocks = amount(model_config.num_hidden_layers, "blocks")
     line = (
-        f"{chosen.recompute} of {blocks} recompute"
+        f"{taken.recompute} of {blocks} recompute"
         f"{', gathered weights are freed between forward and backward' * freed}: {gib['total']:.1f}"
         f" of {available:.1f} GiB, rows of up to {amount(layout.row_tokens, 'tokens')}"
     )
-    return chosen, line, warning
+    return taken, line, warning
 
 
 def longest_row(config, hidden_size: int, documents: Documents) -> dict[str, int]:

@@ -12,13 +12,27 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch.utils.checkpoint import checkpoint
 
+from adapted import adapted
+from adapters.lora import put_in
 from benchmarks.plan import GPU_RESULTS, TRACKED, computed, computed_peak, measured, tracked_peak
 from harm import FORKS
 from kernels.attention import attention_triton, tiles_on_device
-from model import Block, LlamaConfig, rotary_angles
+from model import Block, Llama, LlamaConfig, rotary_angles
 from plan import SIZES, read_model
-from planning.memory import GIB, Layout, kept, loss_bytes, memory, moments, peak, weights
+from planning.memory import (
+    GIB,
+    Layout,
+    adapter_activations,
+    adapter_weights,
+    kept,
+    loss_bytes,
+    memory,
+    moments,
+    peak,
+    weights,
+)
 from program.errors import InputError
+from sft import SFTConfig
 
 PEAKS = {name: (rows, gib) for name, rows, _, gib in measured() if gib}
 RECOMPUTED = 32  # blocks of 7B
@@ -161,6 +175,60 @@ def test_qlora_holds_what_its_parts_add_up_to(size, gigabytes):
     assert held * GIB == pytest.approx(gigabytes * 1e9, rel=0.01)
 
 
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_nf4_scales_are_whole_on_every_rank(ranks):
+    """As in a real model: parameters are shared, NF4's buffers are not. Left out: the norms are not
+    in NF4 (1e-4 of a block), a nested scale is begun for each weight."""
+    config = dataclasses.replace(read_model("70b"), num_hidden_layers=2)
+    flags = {"lora_rank": 64, "quantize": "nf4"}
+    with torch.device("meta"):
+        model = Llama(config)
+    put_in(model, SFTConfig(dtype="bfloat16", **flags))
+    whole = ("absmax", "nested", "offset")
+    scales = sum(x.nbytes for name, x in model.named_buffers() if name.split(".")[-1] in whole)
+    shared = sum(parameter.nbytes for parameter in model.parameters())
+    held = peak(config, Layout(ranks, **flags))[1]["weights"]
+    assert held == pytest.approx(shared / ranks + scales, rel=3e-4)
+
+
+def test_nf4_is_decoded_into_one_buffer_that_stays():
+    """The largest weight, E by F, in bf16, at every moment."""
+    config = read_model("7b")
+    plain, nf4 = (
+        [items["activations"] for _, items in moments(config, Layout(lora_rank=64, quantize=how))]
+        for how in (None, "nf4")
+    )
+    sizes = {b - a for a, b in zip(plain, nf4, strict=True)}
+    assert sizes == {2 * 4096 * 11008}
+
+
+def test_frozen_weights_are_gathered_where_other_ranks_have_some():
+    """One rank, or one a replica, casts a block's adapters alone."""
+    config = read_model("7b")
+    for ranks, replicas in ((1, 1), (8, 8), (8, 4)):
+        layout = Layout(ranks, replicas, lora_rank=64)
+        most = max(items["gathered"] for _, items in moments(config, layout))
+        alone = 2 * adapter_weights(config, 64)
+        assert (most == alone) == (ranks == replicas) and most >= alone
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_dropouts_masks_are_kept_eagerly(base, share):
+    """The bytes of bool that autograd saves of blocks with adapters; none without dropout. (The
+    first block's input has no gradient, so its q, k and v keep none.)"""
+    model, T = adapted(base, lora_dropout=share), 37
+    config, ids, saved = model.config, torch.arange(T) % 7, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        model(ids, torch.zeros(T, dtype=torch.int32), torch.arange(T), torch.zeros_like(ids))
+    masks = sum(x.nbytes for x in saved if x.dtype == torch.bool)
+    layout = Layout(row_tokens=T, lora_rank=5, lora_dropout=share)
+    eager = adapter_activations(config, dataclasses.replace(layout, compile=False))
+    of_block = eager - adapter_activations(config, layout)
+    first = 3 * T * config.hidden_size * (share > 0)
+    assert config.num_hidden_layers * of_block - first == masks
+    assert (masks > 0) == (share > 0)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sixteen_bytes_a_weight(size):
     """fp32 weights, gradients and two moments, whatever the number of ranks that share them."""
@@ -209,6 +277,12 @@ def test_loss_takes_what_it_took_on_a_gpu(record):
     size = loss_bytes(config, Layout(predicted=N)) / 2**20
     hidden = 2 * N * config.hidden_size / 2**20
     assert size - hidden == pytest.approx(record["peak_mib"], abs=1)
+
+
+def test_a_frozen_head_has_no_gradient():
+    """Hidden states, their gradient and a chunk of 2,048 rows of fp32 logits are all."""
+    size = loss_bytes(read_model("7b"), Layout(predicted=16384, lora_rank=64))
+    assert size == 2 * 2 * 16384 * 4096 + 4 * 2048 * 32000
 
 
 def test_a_shallow_model_peaks_at_the_loss():

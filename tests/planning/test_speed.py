@@ -1,23 +1,28 @@
 """speed.py beside what was measured on a GPU, and its arithmetic by hand."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adapters.lora import put_in
 from benchmarks.plan import GPU_RESULTS, STEP, computed, measured
+from model import Llama
 from plan import SIZES, read_model
 from planning import speed
 from planning.gpus import GPUS
-from planning.memory import Layout, block_weights, weights
+from planning.memory import Layout, block_weights, stored, weights
 from planning.report import model_flops
 from program.hardware import PEAK_FLOPS
 from program.ranks import start
+from sft import SFTConfig
 from training import update
+from training.parallel import shard
 
+TINY = {"vocab_size": 101, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
 STEP_LAYOUT = Layout(rows=1, recompute=32)
 PARTS = {
     "matrix products": ["matrix products"],
@@ -78,16 +83,33 @@ class Copied(TorchDispatchMode):
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_what_fsdp_copies_to_gather_on_one_rank(trained):
-    """A trained weight is cast and copied, a frozen one of the compute type is copied: no more."""
+    """Of a block as training/parallel.py shards it: a trained weight is cast and copied; beside
+    adapters, a frozen one is neither."""
     start()
-    dtype = torch.float32 if trained else torch.bfloat16
-    layer = torch.nn.Linear(7, 37, bias=False, dtype=dtype).requires_grad_(trained)
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    config, rank = dataclasses.replace(read_model("7b"), **TINY), 0 if trained else 5
+    flags = SFTConfig(dtype="bfloat16", lora_rank=rank, compile=False)
+    with torch.device("meta"):
+        model = Llama(config)
+    put_in(model, flags)
+    shard(model, flags, torch.device("cpu"))
     with Copied() as copied:
-        layer.unshard()
-    sizes = (7 * 37, 0) if trained else (0, 2 * 7 * 37)
-    assert copied.size == speed.gather_bytes(Layout(), *sizes)
+        model.model.layers[0].unshard()
+    assert copied.size == speed.gather_bytes(Layout(), *stored(config, Layout(lora_rank=rank))[0])
+
+
+def test_traffic_of_adapters_by_hand():
+    """7B, rank 64, a token. Without dropout: x A and y + h B, 32 (35,584 + 2 · 42,496) numbers of 2
+    bytes forward; backward 32 (5 · 35,584 + 2 · 42,496). With it 32 · 2 · 35,584 more."""
+    config, row = read_model("7b"), speed.Row(8192, 8192 * 500, 4000)
+    plain, dropout = (Layout(lora_rank=64, lora_dropout=share, recompute=8) for share in (0.0, 0.1))
+    found = [size / 8192 for size in speed.adapter_bytes(config, plain, row)]
+    assert found == pytest.approx([7.717e6, 16.826e6], rel=1e-3)
+    more = speed.adapter_bytes(config, dropout, row)[0] / 8192 - found[0]
+    assert more == pytest.approx(4.555e6, rel=1e-3)
+    seconds = speed.row_seconds(config, plain, GPUS["h100"], row)["adapters"]
+    taken = 8192 * (1.25 * 7.717e6 + 16.826e6) / (0.896 * 3.35e12)  # a quarter runs twice
+    assert seconds == pytest.approx(taken, rel=1e-3)
+    assert speed.row_seconds(config, Layout(), GPUS["h100"], row)["adapters"] == 0
 
 
 def test_blocks_that_are_freed_are_gathered_a_second_time():

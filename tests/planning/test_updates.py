@@ -68,6 +68,17 @@ def test_cut():
     assert cut.tokens.max() == 1000 and (cut.trained <= cut.tokens).all()
 
 
+def test_a_share_that_is_held_out_is_not_planned():
+    """The rest of the records as they are; none of them with a share of 0."""
+    whole = updates.ultrafeedback()
+    rest = updates.part(whole, 0.25, 42)
+    assert len(rest.tokens) == len(whole.tokens) - len(whole.tokens) // 4
+    assert rest.tokens.mean() == pytest.approx(whole.tokens.mean(), rel=0.02)
+    assert (rest.shared[:, 1] + rest.trained[:, 1] == rest.tokens[:, 1]).all()  # the same pair's
+    assert (updates.part(whole, 0.0, 42).tokens == whole.tokens).all()
+    assert len(updates.part(whole, 0.9999999, 42).tokens) == 1
+
+
 @pytest.mark.parametrize("ranks, micro_tokens", [(1, 90), (1, 10_000), (3, 60), (7, 40), (40, 41)])
 def test_the_largest_rows_are_those_of_plan_rows(ranks, micro_tokens):
     """Of all updates at once, exactly: equal lengths, ranks without a record, one row and many."""
