@@ -57,8 +57,8 @@ def choose(
 ) -> tuple[Layout, str, str | None]:  # fmt: skip
     """The layout to run on GPUs that have `available` GiB, a line about it, a warning or None.
 
-    recompute: the number of blocks, or None for the fewest that leave a twentieth of it free; if
-    none do, for all. shortest: tokens of the longest document, below which no row can go.
+    recompute: the number of blocks. None: as few as leave a twentieth of the memory free, or all of
+    them where no number does. shortest: tokens of the longest document, below which no row can go.
     """
     chosen = dataclasses.replace(layout, recompute=recompute or 0)
     if recompute is None:
