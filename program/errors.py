@@ -2,8 +2,8 @@
 
 Every script runs its `main` inside `with reported():`. An `InputError` (a bad flag, file, line or
 folder) becomes one line on standard error that begins with `error: `, and exit status 2. A
-`RunError`, or running out of memory, does the same with status 1, an `OSError` with status 2. Any other
-exception is our bug and keeps its traceback.
+`RunError`, or running out of memory, does the same with status 1, an `OSError` with status 2. Any
+other exception is our bug and keeps its traceback.
 """
 
 import contextlib
