@@ -3,10 +3,11 @@
     python bench.py prune --data FILE            writes results/prune.json
 
 Default data: sft/code_alpaca_gsm8k.jsonl; the queries are GSM8K's eight worked examples. A model of
-the demo's shape learns every second conversation from random weights. It then chooses a tenth of
-all, by each method, and is trained on: on each tenth four times, and on everything once, more than
-twice as many updates. Measured is the loss on answers of GSM8K's test questions, which are in none
-of it. Each row is printed as it is finished, with the seconds of choosing and of training.
+the demo's shape learns every second conversation, four times, from random weights. It then chooses
+a tenth of all, by each method, and is trained on: on each tenth four times, and on everything once,
+more than twice as many updates. Measured is the loss on answers of GSM8K's test questions, which
+are in none of it. Each row is printed as it is finished, with the seconds of choosing and of
+training.
 """
 
 import json
@@ -46,7 +47,7 @@ class PruneBenchConfig(InputFlags):
     held_out: str | None = None  # GSM8K's test.jsonl (default: the one of $TULU_DATA)
     answers: int = 200  # of it, on which the loss is measured
     share: float = 0.1  # of the data that is kept
-    epochs: int = 4  # of training on that share
+    epochs: int = 4  # of training on every second conversation, and then on that share
     batch_size: int = 32  # conversations in one update
     lr: float = 1e-3  # peak learning rate
     projection: int = 1024  # less: numbers that a gradient is projected to
@@ -70,7 +71,9 @@ def main(arguments):
         tasks.make_model(folder)
         (folder / "half.jsonl").write_text("".join(lines[::2]), encoding="utf-8")
         data = Path(shutil.copy(data, folder / "data.jsonl"))  # its token cache goes there, too
-        figures = {"nothing more": trained(folder, folder / "half.jsonl", "half", 1, config)}
+        figures = {
+            "nothing more": trained(folder, folder / "half.jsonl", "half", config.epochs, config)
+        }
         figures["nothing more"]["loss"] = loss(folder / "half", problems, device)
         show("nothing more", figures)
         run("prune.py", {"make-queries": SOURCE, "out": folder / "queries.jsonl"})

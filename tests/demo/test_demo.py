@@ -230,15 +230,18 @@ def rates(stdout):
     return {name: (float(before), float(after)) for name, before, after in found}
 
 
-def torchrun(folder, *command):
+def torchrun(folder, script, *flags, ranks=1):
     """What a command that runs in `folder` prints."""
-    script, *flags = command
-    launcher = [sys.executable, "-m", "torch.distributed.run", ROOT / script]
-    done = subprocess.run(
-        [*launcher, *flags], cwd=folder, capture_output=True, text=True, timeout=1200
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    command = [*launcher, ROOT / script, *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_the_demo_on_two_ranks_ends_as_on_one(tmp_path):
+    """One of them compares the models, while the other is gone."""
+    assert "all" in rates(torchrun(tmp_path, "sft.py", "--max-steps", "1", ranks=2))
 
 
 def test_the_demo_end_to_end(tmp_path):
