@@ -185,7 +185,7 @@ def main(flags: dict) -> None:
     bar.close()
     if stop:
         stop_run(run, step, signals)
-    save_hf(model, run.tokenizer, config.model, run.out, documents.lengths.max())
+    save_hf(model, run.tokenizer, config.model, run.out, documents.lengths.max(), run.facts)
     finish_run(run, config)
 
 

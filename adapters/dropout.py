@@ -44,7 +44,9 @@ class Dropout:
             contents = torch.zeros_like(input_ids)
             contents.index_add_(0, document, mixed(mixed(input_ids) + positions))
             key = mixed(torch.tensor(self.seed)) + self.update
-            keys = mixed(mixed(contents[document] + positions) + mixed(key).to(rows.device))
+            # `key` stays on the CPU: it adds to the others as a number does, without a copy that
+            # waits for the GPU.
+            keys = mixed(mixed(contents[document] + positions) + mixed(key))
             self.token_keys = odd(keys)
         return forward(input_ids, positions, attends)
 

@@ -29,7 +29,7 @@ from kernels import nf4
 from model import Llama
 from program.errors import InputError, RunError, reported
 from program.flags import parse_args
-from program.ranks import start
+from program.ranks import leave, start
 from tokens.for_transformers import check_tokenizer
 from tokens.tokenizer import Tokenizer
 
@@ -118,3 +118,4 @@ if __name__ == "__main__":
         flags = parse_args(MergeConfig)
         start()
         merge(MergeConfig(**flags))
+        leave()

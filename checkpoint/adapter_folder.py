@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -81,7 +81,8 @@ def write_adapter(
     }
     metadata = {"format": "pt", KEY: key} | ({QUANTIZE: "nf4"} if adapted.quantized else {})
     folder.mkdir()
-    save_file(tensors, folder / TENSORS, metadata=metadata)
+    # Not by save_file, whose error of a full disk is no `OSError`.
+    (folder / TENSORS).write_bytes(save(tensors, metadata))
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 

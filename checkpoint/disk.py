@@ -22,27 +22,31 @@ def checkpoint_bytes(model: nn.Module) -> int:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of `model` as `save_hf` writes it, with its adapters beside it, if it has any."""
-    size = 0
+    size = adapter_bytes(model)
     for name, parameter in model.named_parameters():
-        weights = parameter.numel() * (
-            2 if parameter.dtype == torch.uint8 else 1
-        )  # NF4: two a byte
-        size += weights * (6 if ".lora_" in name else 2)
+        if ".lora_" not in name:  # they are added to the weights
+            size += 2 * parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1)  # NF4: 2
     return size
 
 
-def check_space(folder: str | Path, model: nn.Module, checkpoints: int, exports: int = 0) -> None:
+def adapter_bytes(model: nn.Module) -> int:
+    """Bytes of the model's adapters as `save_adapter` writes them, in fp32; 0 if it has none."""
+    return 4 * sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+
+
+def check_space(
+    folder: str | Path, model: nn.Module, checkpoints: int, exports: int = 0,
+    adapters_alone: bool = False,
+) -> None:  # fmt: skip
     """Raise `InputError` unless the disk takes the model, `checkpoints` and `exports` at once.
 
-    exports: how many models on the way.
-
-    What an interrupted run's folder holds already counts as free: the new ones take its place.
+    exports: how many models of --export-every lie there at once. adapters_alone: each of them holds
+    nothing but adapters. What an interrupted run's folder holds already counts as free: the new
+    ones take its place.
     """
-    parent = Path(folder)
-    while not parent.exists():
-        parent = parent.parent
-    needed = (1 + exports) * model_bytes(model) + checkpoints * checkpoint_bytes(model)
-    free = shutil.disk_usage(parent).free
+    export = adapter_bytes(model) if adapters_alone else model_bytes(model)
+    needed = model_bytes(model) + exports * export + checkpoints * checkpoint_bytes(model)
+    free = free_bytes(folder)
     own = [Path(folder) / name for name in ("checkpoints", "hf.partial", "export.partial")]
     held = sum(map(folder_bytes, [*own, *Path(folder).glob("step-[0-9]*")]))
     if free + held < needed:
@@ -53,6 +57,14 @@ def check_space(folder: str | Path, model: nn.Module, checkpoints: int, exports:
             f"--out {folder}: {gigabytes(free)} free{there}, expected {gigabytes(needed)} for the "
             f"model{models} and {several if checkpoints > 1 else 'one resumable checkpoint'}"
         )
+
+
+def free_bytes(folder: str | Path) -> int:
+    """Bytes free on the disk of `folder`, which need not be there yet."""
+    parent = Path(folder)
+    while not parent.exists():
+        parent = parent.parent
+    return shutil.disk_usage(parent).free
 
 
 def folder_bytes(folder: str | Path) -> int:
@@ -87,7 +99,7 @@ def explained(
         inner += [cause.__cause__, cause.__context__]
         causes += [exception for exception in inner if exception and exception not in causes]
     refusal = next((cause for cause in causes if isinstance(cause, OSError)), None)
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     full = refusal.errno in (errno.ENOSPC, errno.EDQUOT) if refusal else free < needed
     if full:
         there = f"{gigabytes(needed)} needed, {gigabytes(free)} free"

@@ -42,7 +42,7 @@ def save_run(
     place = Path(folder) / "checkpoints" / f"step-{step:06}"
     if place.exists() and damage(place) is None:
         return
-    partial, failure, digests = place.with_name("partial"), None, {}
+    partial, failure, digests = place.with_name("partial"), None, None
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         fsync(Path(folder) / "metrics.jsonl")  # the log must not be behind the state
@@ -53,8 +53,9 @@ def save_run(
         digests = {name: digest(partial / name) for name in own_share(os.listdir(partial))}
     except (dcp.api.CheckpointException, OSError) as error:
         failure = error
-    files = dict(gather_lists(list(digests.items())))
-    if dist.get_rank() == 0 and failure is None:
+    shares = gather_lists([digests])  # one of each rank; None of a rank that failed, maybe alone
+    if dist.get_rank() == 0 and None not in shares:
+        files = {name: found for share in shares for name, found in share.items()}
         try:
             with open(partial / "manifest.json", "w") as file:
                 json.dump({"step": step, "run": facts, "files": files}, file)
@@ -70,9 +71,9 @@ def save_run(
             drop_older(folder, place, keep)
         except OSError as error:
             failure = error
+    if dist.get_rank() == 0 and (failure is not None or None in shares):
+        shutil.rmtree(partial, ignore_errors=True)
     if failure is not None:
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
         advice = f"; a --keep less than {keep} needs less" if keep > 1 else ""
         failure = explained(failure, folder, checkpoint_bytes(model), advice)
     raise_together(failure, f"{place}: the checkpoint could not be saved")
@@ -133,8 +134,14 @@ def resume_run(folder: str | Path, model: nn.Module, optimizer: optim.Optimizer,
 
 
 def saved_runs(folder: str | Path) -> list[Path]:
-    """The checkpoints of a run, newest first; from update 1,000,000 on names are longer."""
-    places = (Path(folder) / "checkpoints").glob("step-*")
+    """The checkpoints of a run, newest first."""
+    return step_folders(Path(folder) / "checkpoints")
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Each `step-<update>` in a folder, newest first; a user's own `step-backup` is none."""
+    places = [p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+    # From update 1,000,000 on names are longer.
     return sorted(places, key=lambda place: (len(place.name), place.name), reverse=True)
 
 

@@ -15,21 +15,21 @@ from pathlib import Path
 from torch import nn
 
 from checkpoint.disk import check_space
-from checkpoint.resume import recorded_facts, saved_runs
+from checkpoint.resume import recorded_facts, saved_runs, step_folders
 from program.errors import InputError, RunError, amount
 from program.files import hold, hold_file, written_aside
 
 
 def check_output(
     folder: str | Path, facts: dict, model: nn.Module, checkpoints: int = 1, exports: int = 0,
-    last: float = math.inf,
+    adapters_alone: bool = False, last: float = math.inf,
 ) -> None:  # fmt: skip
     """Raise `InputError` unless this run may write to `folder`. Nothing is written here.
 
     The folder must be new or hold a run with the same `facts` (see `open_run`) that was
     interrupted, or that --max-steps ended before update `last`, with which this one ends. The disk
     must have room for the model, so many `checkpoints`, at least that of a signal, and so many
-    models on the way, `exports`.
+    models on the way, `exports` (see `check_space`).
     """
     folder = Path(folder)
     check_same_run(folder, facts, last)
@@ -40,7 +40,7 @@ def check_output(
         raise InputError(f"--out {folder}: {parent} is not a folder")
     if not os.access(parent, os.W_OK):
         raise InputError(f"--out {folder}: {parent} cannot be written")
-    check_space(folder, model, checkpoints, exports)
+    check_space(folder, model, checkpoints, exports, adapters_alone)
 
 
 # Files that would override what is saved beside them, and those that saving would overwrite.
@@ -120,8 +120,7 @@ def check_same_run(folder: Path, facts: dict, last: float = math.inf) -> None:
 
 def exported_models(folder: str | Path) -> list[Path]:
     """The models that --export-every wrote into the output folder, oldest first."""
-    places = [p for p in Path(folder).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
-    return sorted(places, key=lambda place: (len(place.name), place.name))
+    return step_folders(Path(folder))[::-1]
 
 
 def lock_output(folder: str | Path, patience: float = 15) -> contextlib.ExitStack:

@@ -175,19 +175,20 @@ def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def save_hf(model: Llama, tokenizer: Tokenizer, source: str | Path, folder: str | Path,
-            longest: int = 0) -> None:  # fmt: skip
+            longest: int = 0, facts: dict | None = None) -> None:  # fmt: skip
     """Write the model as an HF folder in bf16. Every rank calls it; rank 0 writes.
 
     source: the HF folder that training started from, whose config.json is carried over. longest:
-    the tokens of the longest sequence trained, which the saved model then takes. The ranks
-    broadcast their rows in turn, one tensor after the other, so memory holds one block of rows.
-    A model with adapters is saved merged, and its adapters in `folder/adapter`. Raises `RunError`
-    on all ranks if the disk refuses.
+    the tokens of the longest sequence trained, which the saved model then takes. facts: the run's
+    (see `open_run`); "weights", the hash of the source's weights, is noted in the adapters' folder,
+    and made here if it is missing. The ranks broadcast their rows in turn, one tensor after the
+    other, so memory holds one block of rows. A model with adapters is saved merged, and its
+    adapters in `folder/adapter`. Raises `RunError` on all ranks if the disk refuses.
     """
     shapes = plain_shapes(model.config)
     blocks = (block for name, shape in shapes.items() for block in blocks_bf16(model, name, shape))
-    adapter = adapter_tensors(model)
-    key, failure = weights_key(source) if adapter else None, None
+    adapter, failure = adapter_tensors(model), None
+    key = ((facts or {}).get("weights") or weights_key(source)) if adapter else None
     if dist.get_rank() == 0:
         partial = Path(folder) / "hf.partial"
         try:
@@ -205,16 +206,17 @@ def save_hf(model: Llama, tokenizer: Tokenizer, source: str | Path, folder: str 
     raise_together(failure, f"{folder}: the model could not be saved")
 
 
-def save_adapter(model: Llama, source: str | Path, folder: Path) -> None:
+def save_adapter(model: Llama, source: str | Path, folder: Path, facts: dict) -> None:
     """Write the model's adapters alone, as PEFT's folder `folder`. Every rank calls it.
 
-    source: as in `save_hf`. Raises `RunError` on all ranks if the disk refuses.
+    source, facts: as in `save_hf`. Raises `RunError` on all ranks if the disk refuses.
     """
-    adapter, key, failure = adapter_tensors(model), weights_key(source), None
+    adapter, failure = adapter_tensors(model), None
     if dist.get_rank() == 0:
         try:
-            write_adapter(adapter, model, source, key, folder)
+            write_adapter(adapter, model, source, facts["weights"], folder)
         except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
             failure = error
     raise_together(failure, f"{folder}: the adapter could not be saved")
 

@@ -28,8 +28,9 @@ def block_step(
 ) -> torch.Tensor:  # fmt: skip
     """x (B, E) after one block, with the new tokens' keys and values put into its cache.
 
-    What torch.compile sees as one size stays one: of its arguments no two sizes are equal by chance
-    (B and D, say, in cos and sin), for then it would compile again when they differ.
+    torch.compile takes sizes that are equal in the first call for one and the same, and compiles
+    again when they differ. So no two sizes of these arguments may be equal by chance (as B and D
+    would be in cos and sin).
     """
     cos, sin = rotary_angles(positions, config, x.dtype)
 

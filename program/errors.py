@@ -2,8 +2,8 @@
 
 Every script runs its `main` inside `with reported():`. An `InputError` (a bad flag, file, line or
 folder) becomes one line on standard error that begins with `error: `, and exit status 2. A
-`RunError` and memory that is out do the same with status 1, an `OSError` with status 2. Any other
-exception is our bug and keeps its traceback.
+`RunError`, or running out of memory, does the same with status 1, an `OSError` with status 2. Any
+other exception is our bug and keeps its traceback.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class RunError(RuntimeError):
 def reported(less_memory: str = "") -> Iterator[None]:
     """Turn such an error into one line `error: …` and an exit status.
 
-    less_memory: what the user can do where the memory, of a GPU as a rule, is out.
+    less_memory: what the user can do when memory, as a rule a GPU's, runs out.
     """
     usable_streams()
     try:

@@ -44,6 +44,7 @@ from torch import Tensor
 from adapters.dropout import Dropout
 from adapters.lora import check_lora, narrowest, put_in
 from data import epoch_order, plan_rows, update_count
+from decoding.room import gpu_of
 from model import Llama, LlamaConfig
 from program.errors import InputError, RunError
 from program.files import written_aside
@@ -58,7 +59,7 @@ ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj")
 RANK, SCALE, DROPOUT = 128, 4.0, 0.1  # of the adapters; alpha is 512, SCALE times the rank
 
 BLOCK = 4096  # coordinates of the gradient that are projected at a time
-GRADIENT_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}  # of the gradients that are projected together
+GRADIENT_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}  # at most; see gradient_bytes
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def warm_up(
     for epoch in range(config.warmup_epochs):
         path = folder / f"checkpoint-{epoch + 1}.pt"
         if path.exists():
-            optimizer.load_state_dict(load_checkpoint(path, parameters)["optimizer"])
+            load_checkpoint(path, parameters, optimizer)
             continue
         order, rates = members[epoch_order(share, config.seed, epoch)], []
         for k in range(per_epoch):
@@ -152,16 +153,22 @@ def warm_up(
     dropout.share = 0.0
 
 
-def load_checkpoint(path: Path, parameters: list[Tensor]) -> dict:
-    """Put a checkpoint's adapters into `parameters`; the rest, with `m` and `v` as vectors."""
+def load_checkpoint(
+    path: Path, parameters: list[Tensor], optimizer: torch.optim.Optimizer | None = None
+) -> dict:
+    """Put a checkpoint's adapters into `parameters`, and its state into `optimizer`, if given.
+
+    Returns the epoch's `rate`, and the moments `m` and `v` as vectors, fp32.
+    """
     state = torch.load(path, map_location=parameters[0].device, weights_only=True)
     with torch.no_grad():
         for parameter, saved in zip(parameters, state["adapters"], strict=True):
             parameter.copy_(saved)
     moments = [state["optimizer"]["state"][k] for k in range(len(parameters))]
-    state["m"] = flat([moment["exp_avg"] for moment in moments])
-    state["v"] = flat([moment["exp_avg_sq"] for moment in moments])
-    return state
+    if optimizer:
+        optimizer.load_state_dict(state["optimizer"])
+    m, v = (flat([moment[name] for moment in moments]) for name in ("exp_avg", "exp_avg_sq"))
+    return {"rate": state["rate"], "m": m, "v": v}  # the rest is not kept: memory is dear
 
 
 def checkpoints(folder: Path, config) -> list[Path]:
@@ -189,6 +196,13 @@ def adam_step(g: Tensor, m: Tensor, v: Tensor) -> Tensor:
     return (BETA1 * m + (1 - BETA1) * g) / (BETA2 * v + (1 - BETA2) * g * g + EPS).sqrt()
 
 
+def gradient_bytes(device: torch.device) -> int:
+    """The most that the gradients which are projected together take: on a GPU half its room."""
+    if device.type == "cpu":
+        return GRADIENT_BYTES["cpu"]
+    return min(GRADIENT_BYTES["cuda"], gpu_of(device).free // 2)
+
+
 def project(vectors: Tensor, dimensions: int, seed: int) -> Tensor:
     """P of (2) times each of vectors (n, D), over √dimensions: (n, dimensions) fp32.
 
@@ -211,19 +225,19 @@ def directions(
 ) -> Tensor:
     """P g, or with a checkpoint's state P Γ, of each sequence, scaled to length 1: (n, d).
 
-    The gradients of as many as GRADIENT_BYTES hold are projected together, in the model's type.
+    The gradients of as many as `gradient_bytes` hold are projected together, in the model's type.
     """
     parameters = trained_parameters(model)
     size, dtype = sum(p.numel() for p in parameters), getattr(torch, config.dtype)
-    at_once = max(1, GRADIENT_BYTES[device.type] // (dtype.itemsize * size))
+    at_once = max(1, gradient_bytes(device) // (dtype.itemsize * size))
+    vectors = torch.empty(min(at_once, len(sequences)), size, dtype=dtype, device=device)
     projected = []
     for start in range(0, len(sequences), at_once):
         some = sequences[start : start + at_once]
-        vectors = torch.empty(len(some), size, dtype=dtype, device=device)
-        for vector, sequence in zip(vectors, some, strict=True):
+        for vector, sequence in zip(vectors, some, strict=False):
             g = gradient(model, parameters, sequence, device)
             vector.copy_(g if state is None else adam_step(g, state["m"], state["v"]))
-        projected.append(project(vectors, config.projection, config.seed))
+        projected.append(project(vectors[: len(some)], config.projection, config.seed))
     return F.normalize(torch.cat(projected), dim=-1)
 
 

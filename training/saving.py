@@ -54,6 +54,11 @@ def exports_at_once(run, config: OutputFlags) -> int:
     return min(most, len(exported_steps(run, config)))
 
 
+def adapters_alone(config) -> bool:
+    """Whether an exported model is its adapters and nothing else."""
+    return config.lora_rank > 0 and not config.export_merged
+
+
 def export(run, config, step: int) -> None:
     """Write the model of now as the HF folder `OUT/step-…/`, unless the start before this one did.
 
@@ -66,10 +71,11 @@ def export(run, config, step: int) -> None:
         return
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-    if config.lora_rank and not config.export_merged:
-        save_adapter(run.model, config.model, partial)
+    if adapters_alone(config):
+        save_adapter(run.model, config.model, partial, run.facts)
     else:
-        save_hf(run.model, run.tokenizer, config.model, partial, run.documents.lengths.max())
+        longest = run.documents.lengths.max()
+        save_hf(run.model, run.tokenizer, config.model, partial, longest, run.facts)
     if rank == 0:
         try:
             os.rename(partial, place)

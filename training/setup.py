@@ -36,7 +36,7 @@ from tokens.tokenizer import Tokenizer
 from training.flags import RunFlags
 from training.held_out import open_documents
 from training.layout import lay_out, layout_of
-from training.saving import exports_at_once, going_on
+from training.saving import adapters_alone, exports_at_once, going_on
 from training.trackers import check_trackers, finish_trackers, start_trackers
 
 
@@ -100,7 +100,7 @@ def open_run(config, device: torch.device, encode_record: Callable, pairs: bool 
         # Now that the data are known: that of a signal, and those of --save-every.
         saves = (last - 1) // (config.save_every or total)
         need = {"checkpoints": 1 + min(config.keep, saves), "last": last}
-        need["exports"] = exports_at_once(run, config)
+        need |= {"exports": exports_at_once(run, config), "adapters_alone": adapters_alone(config)}
         check_output(out, facts, model, **need)
         run.lock = lock_output(out)
         try:

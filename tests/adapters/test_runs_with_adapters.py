@@ -2,15 +2,25 @@
 
 import math
 import os
+import resource
+import shutil
 import signal
 
 import pytest
+from safetensors import safe_open
 from torch.distributed.checkpoint import FileSystemReader
 
+import sft
+from adapted import adapted
 from adapters.merge import MergeConfig, merge
+from checkpoint import disk, weights
+from checkpoint.adapter_folder import KEY, TENSORS
 from conftest import updates
-from harm import LAST, LOG, harmed, recipe
+from harm import LAST, LOG, PROGRAMS, harmed, recipe
+from program.errors import InputError, RunError
 from program.ranks import start
+from tokens.tokenizer import Tokenizer
+from training import setup
 
 QLORA = {"lora_rank": 4, "quantize": "nf4", "lora_dropout": 0.2}
 
@@ -72,6 +82,59 @@ def test_models_on_the_way_are_adapters_or_merged(wide, conversations, tmp_path)
     merge(MergeConfig(str(wide), str(alone), str(tmp_path / "out")))
     file = "model.safetensors"
     assert (tmp_path / "out" / file).read_bytes() == (merged / file).read_bytes()
+
+
+@pytest.mark.parametrize("program", ["sft", "dpo"])
+def test_the_base_is_hashed_once(wide, conversations, preferences, tmp_path, monkeypatch, program):
+    """Before training; every adapter that is saved names that hash."""
+    monkeypatch.setattr(weights, "weights_key", None)  # it cannot be called where models are saved
+    data = conversations if program == "sft" else preferences
+    flags = recipe(wide, data, tmp_path / "out") | {"lora_rank": 4, "max_steps": 3, "lr": 1e-3}
+    PROGRAMS[program].main(flags | {"export_every": "2"})
+    monkeypatch.undo()
+    for name in ("step-000002", "adapter"):
+        with safe_open(tmp_path / "out" / name / TENSORS, "pt") as file:
+            assert file.metadata()[KEY] == weights.weights_key(wide)
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "in a model"])
+def test_a_full_disk_while_an_adapter_is_written_is_told(wide, tmp_path, alone):
+    """One error with the disk's reason, and nothing half made stays. Here no file may have more
+    than 4 KiB."""
+    start()
+    model, out = adapted(wide), tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RunError, match="could not be saved .File too large"):
+            if alone:
+                weights.save_adapter(model, wide, out, {"weights": "0"})
+            else:
+                weights.save_hf(model, Tokenizer(wide), wide, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+def test_the_disk_is_asked_for_adapters_alone(wide, conversations, tmp_path, monkeypatch):
+    """Of 12 updates, five models on the way: one byte less than model, checkpoint and they take is
+    refused. Merged they are whole models."""
+    model = adapted(wide, lora_rank=4)
+    sizes = disk.model_bytes(model), disk.adapter_bytes(model)
+    flags = recipe(wide, conversations, tmp_path / "out") | {"lora_rank": 4, "export_every": "2"}
+    for merged, export in ((False, sizes[1]), (True, sizes[0])):
+        needed = sizes[0] + 5 * export + 3 * sizes[1]  # three fp32 numbers, of what is trained
+        for missing, found in ((1, "5 on the way"), (0, "another run is writing")):
+            usage = shutil.disk_usage(tmp_path)._replace(free=needed - missing)
+            monkeypatch.setattr(disk.shutil, "disk_usage", lambda _, usage=usage: usage)
+            monkeypatch.setattr(setup, "lock_output", busy)
+            with pytest.raises(InputError, match=found):
+                sft.main(flags | {"export_merged": merged})
+
+
+def busy(out):
+    """`lock_output` where another run has the folder: the disk had room enough."""
+    raise InputError("another run is writing there")
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"], ids=str)

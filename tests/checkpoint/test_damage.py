@@ -180,6 +180,14 @@ def test_full_disk_during_checkpoint_of_two_ranks(flags, killed, tmp_path):
     assert len(saved_runs(flags["out"])) == 2
 
 
+def test_a_file_that_one_rank_alone_cannot_read_again(flags, tmp_path):
+    """Rank 1 fails at the digest of its file: there is no checkpoint, and both ranks stop."""
+    log, digest = tmp_path / "log", [("checkpoint.resume", "digest")]
+    assert harmed(flags | {"save_every": 2}, "full", 1, digest, log, ranks=2, struck=1) == 1
+    assert "step-000002: the checkpoint could not be saved" in log.read_text()
+    assert list((Path(flags["out"]) / "checkpoints").iterdir()) == []
+
+
 def test_full_disk_during_the_last_save(flags, killed, uninterrupted, tmp_path):
     """No room for the model: an error line, status 1, nothing half made; later the run ends."""
     shutil.copytree(killed, flags["out"])

@@ -53,6 +53,27 @@ def test_room_for_models_on_the_way(tmp_path, free):
     check_space(tmp_path, MODEL, 1, 3)
 
 
+def test_room_for_adapters(tmp_path, free):
+    """Alone they take 4 bytes a number, beside the model and on the way; merged, none of their own.
+
+    A weight of which NF4 keeps half a byte is written in two.
+    """
+    halves = {"lora_A": torch.zeros(100, 7), "lora_B": torch.zeros(100, 3)}  # a thousand numbers
+    model = torch.nn.ModuleDict({"adapted": torch.nn.ParameterDict(halves)})
+    for name, weight in (
+        ("plain", torch.zeros(600_000)),
+        ("packed", torch.zeros(200_000, dtype=torch.uint8)),
+    ):
+        model.register_parameter(name, torch.nn.Parameter(weight, requires_grad=False))
+    size, adapters, checkpoint = 2_000_000 + 4_000, 4_000, 12_000
+    for alone, export in ((True, adapters), (False, size)):
+        free(size + checkpoint + 3 * export)
+        check_space(tmp_path, model, 1, 3, alone)
+        free(size + checkpoint + 3 * export - 1)
+        with pytest.raises(InputError, match="for the model and 3 on the way"):
+            check_space(tmp_path, model, 1, 3, alone)
+
+
 def test_what_an_interrupted_run_holds_counts_as_free(tmp_path, free):
     """Its checkpoints, whole or half made, and its half made model; nothing else."""
     for name in ("checkpoints/step-000002", "checkpoints/partial", "hf.partial", "other"):
@@ -118,3 +139,9 @@ def test_another_error_of_the_disk_is_itself(tmp_path):
     other = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     wrapped = CheckpointException("write", {0: _wrap_exception(nested(other, RuntimeError("pos")))})
     assert explained(wrapped, tmp_path, 0) is other
+
+
+def test_the_reason_is_told_where_the_folder_could_not_be_made(tmp_path):
+    """Then there is no folder to ask for its free space; the disk below has it."""
+    refused = OSError(errno.EROFS, os.strerror(errno.EROFS))
+    assert explained(refused, tmp_path / "a" / "b") is refused

@@ -143,6 +143,29 @@ def test_projected_inner_products_are_within_the_predicted_error():
     assert not torch.allclose(influence.project(a[3:4], d, seed=8), alone, atol=1)
 
 
+def test_gradients_of_all_batches_lie_in_one_buffer(warm, monkeypatch):
+    """Two of five sequences at a time: three projections of the same memory, as if of all at once.
+
+    A second buffer, while the first is still held, would double what they take.
+    """
+    model, parameters, _ = warm
+    config, sequences = PruneConfig(lora_rank=4, projection=64, dtype="float32"), list(some(5))
+    expected = influence.directions(model, sequences, config, CPU)
+    project, seen = influence.project, []
+
+    def watched(vectors, *args):
+        seen.append((vectors.untyped_storage().data_ptr(), len(vectors)))
+        return project(vectors, *args)
+
+    monkeypatch.setattr(influence, "project", watched)
+    size = 4 * sum(p.numel() for p in parameters)
+    monkeypatch.setattr(influence, "GRADIENT_BYTES", {"cpu": 2 * size})
+    found = influence.directions(model, sequences, config, CPU)
+    assert [count for _, count in seen] == [2, 2, 1]
+    assert len({place for place, _ in seen}) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # fp32, in another order
+
+
 def test_gradients_are_those_of_adapters_in_transformers_model(warm, lively):
     """A and B of the four projections of attention in each of two blocks, at LESS's scale of 4."""
     model, parameters, _ = warm
@@ -190,6 +213,7 @@ def test_the_warm_up_trains_both_halves_with_dropout_that_scoring_has_not(
     """A and B move; without dropout elsewhere; the mean rates are the schedule's."""
     before, after, dropout, states = warmed(lively, data, tmp_path / "one")
     assert dropout.share == 0
+    assert all(state.keys() == {"rate", "m", "v"} for state in states)  # no adapters a second time
     assert all(not torch.equal(p, old) for p, old in zip(after, before, strict=True))
     assert [state["rate"] for state in states] == [
         0,
