@@ -37,8 +37,8 @@ def blocks(kernel: str, dtype, shared_memory: int) -> dict[str, int]:
     """Block sizes of a kernel, by name: of those tried, the largest that spill no registers.
 
     shared_memory: bytes that the chip gives a block, 227 KiB on Hopper; the small sizes fit 99 KiB.
-    tests/kernels/test_kernels_compiled.py compiles all of them, `bench.py tune` times others. fp32
-    runs without tensor cores: it is there to check the others by.
+    tests/kernels/test_kernels_compiled.py compiles them (TULU_COMPILE=all: each), `bench.py tune`
+    times others. fp32 runs without tensor cores: it is there to check the others by.
     """
     if dtype.itemsize == 4:
         warps = 8 if kernel == "backward_q_kernel" else 4

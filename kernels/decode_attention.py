@@ -114,7 +114,7 @@ def decode_blocks(dtype: torch.dtype, D: int) -> dict[str, int]:
     """Sizes of `decode_kernel`, by name: keys at a time, and Triton's options.
 
     What limits it is memory: three stages keep 2 times 32 KiB on their way for each program. Not
-    tuned on a chip; tests/kernels/test_kernels_compiled.py compiles all of them.
+    tuned on a chip; TULU_COMPILE=all has tests/kernels/test_kernels_compiled.py compile all.
     """
     if dtype.itemsize == 4:  # runs without tensor cores: it is there to check the others by
         # On sm_90 heads above 64 spill with 32 keys at a time, and those of 32 with 16.
